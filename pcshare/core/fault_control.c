@@ -1,0 +1,118 @@
+/* fault_control: the messages of a helper that is attached: range requests and leaving. Answered here, in C, because a thread may hold
+ * the GIL while it waits for a range. Hand-over and operators are Python's.
+ */
+#include "fault_internal.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+
+#include "fd_message.h"
+
+union control_message {
+    struct wire_header header;
+    struct wire_request request;
+    struct wire_plain plain;
+};
+
+static struct wire_header header_of(uint16_t type, uint32_t length, uint32_t cookie)
+{
+    return (struct wire_header){.magic = WIRE_MAGIC, .version = WIRE_VERSION, .type = type, .length = length, .cookie = cookie};
+}
+
+void send_to_helper(struct fault_threads *ft, struct remote_fd *remote, const void *message, uint32_t length)
+{
+    int rc = fd_message_send(remote->control, message, length, NULL, 0, MSG_DONTWAIT);
+
+    /* A helper may have no more answers under way than its socket holds: who does not read them is cut off. A socket that is gone says so
+     * to the worker that polls it. */
+    if (rc == -EAGAIN)
+        disable_remote(ft, remote, ENOBUFS, 0);
+}
+
+void send_done(struct fault_threads *ft, struct remote_fd *remote, uint32_t cookie, int status, uint64_t offset, uint64_t length)
+{
+    struct wire_done done = {.header = header_of(WIRE_DONE, sizeof(done), cookie), .status = status, .offset = offset,
+                             .length = length};
+
+    send_to_helper(ft, remote, &done, sizeof(done));
+}
+
+static void refuse(struct fault_threads *ft, struct remote_fd *remote, int error, const char *text)
+{
+    struct wire_error message = {.header = header_of(WIRE_ERROR, sizeof(message), 0), .error = error,
+                                 .version_max = WIRE_VERSION};
+
+    snprintf(message.text, sizeof(message.text), "%s", text);
+    send_to_helper(ft, remote, &message, sizeof(message));
+    disable_remote(ft, remote, error, 0);
+}
+
+static void handle_request(struct fault_threads *ft, struct remote_fd *remote, const struct wire_request *request)
+{
+    struct ramblock *block = remote->block;
+    int wait = (request->flags & WIRE_REQUEST_WAIT) != 0;
+
+    if (request->offset > block->map_length || request->length > block->map_length - request->offset) {
+        refuse(ft, remote, ERANGE, "REQUEST outside the block");
+        return;
+    }
+    if (__atomic_load_n(&remote->requests_in_flight, __ATOMIC_RELAXED) >= FAULT_REQUESTS_IN_FLIGHT_MAX) {
+        if (wait)
+            refuse(ft, remote, EUSERS, "more REQUESTs at once than a helper may have");
+        return; /* a prefetch is a hint */
+    }
+    uint64_t start = request->offset / block->page_size;
+    uint64_t end = (request->offset + request->length + block->page_size - 1) / block->page_size;
+    int rc = stream_add_range(ft, block, start, end, remote, request->header.cookie, wait);
+    if (rc < 0 && wait)
+        send_done(ft, remote, request->header.cookie, rc, request->offset, request->length);
+}
+
+static int is_wellformed(const union control_message *message, int length)
+{
+    uint32_t wanted = message->header.type == WIRE_REQUEST ? sizeof(message->request) : sizeof(message->plain);
+
+    return length >= (int)sizeof(message->header) && message->header.magic == WIRE_MAGIC &&
+           message->header.version == WIRE_VERSION && message->header.length == (uint32_t)length &&
+           (uint32_t)length == wanted && (message->header.type == WIRE_REQUEST || message->header.type == WIRE_LEAVE);
+}
+
+/* Whether there may be more to read. */
+static int handle_message(struct fault_threads *ft, struct remote_fd *remote, const union control_message *message, int length)
+{
+    if (!is_wellformed(message, length)) {
+        refuse(ft, remote, EPROTO, "not a message that an attached helper may send");
+        return 0;
+    }
+    if (message->header.type == WIRE_LEAVE) {
+        stop_polling_control(ft, remote);
+        tell_remote(ft, remote, EVENT_REMOTE_LEFT, 0, 0);
+        return 0;
+    }
+    handle_request(ft, remote, &message->request);
+    return !__atomic_load_n(&remote->disabled, __ATOMIC_ACQUIRE);
+}
+
+void handle_control(struct fault_threads *ft, struct remote_fd *remote)
+{
+    union control_message message;
+
+    for (int i = 0; i < CONTROL_MESSAGES_MAX; i++) {
+        int length = fd_message_receive(remote->control, &message, sizeof(message), NULL, NULL, MSG_DONTWAIT);
+        if (length == -EAGAIN || length == -EINTR)
+            return;
+        if (length == -EMSGSIZE) {
+            refuse(ft, remote, EPROTO, "a message that is too long, or fds where none belong");
+            return;
+        }
+        if (length <= 0) {
+            stop_polling_control(ft, remote);
+            tell_remote(ft, remote, EVENT_REMOTE_HUNG_UP, -length, 0);
+            return;
+        }
+        if (!handle_message(ft, remote, &message, length))
+            return;
+    }
+}

@@ -1,0 +1,116 @@
+/* fault_internal: what the files of the fault thread share: the set of threads, blocks and remote fds. Private to the core.
+ *
+ * Files: fault_thread.c (threads and what they poll), fault_set.c (adding, finding, removing), request.c (a fault's way to its page), stream.c (all that is asked for
+ * without a fault), fault_control.c (messages of attached helpers), fault_event.c (what Python is told).
+ */
+#ifndef PCSHARE_FAULT_INTERNAL_H
+#define PCSHARE_FAULT_INTERNAL_H
+
+#include <pthread.h>
+#include <stdint.h>
+
+#include "fault_thread.h"
+#include "stream.h"
+#include "waiters.h"
+
+enum {
+    REMOTES_MAX = STATUS_HELPERS_MAX + STATUS_BLOCKS_MAX, /* each block has one of the coordinator's own */
+    EPOLL_EVENTS_MAX = 64,
+    CONTROL_MESSAGES_MAX = 8, /* read from one helper in a row */
+};
+
+/* A block in the set, with its source. */
+struct served_block {
+    struct ramblock *block;
+    struct page_channel *channel;
+    uint32_t on_source_loss;
+    uint32_t own_remote_id;
+    int paused; /* the source failed and the policy is to wait for a resume: the stream leaves it alone */
+    int complete;
+    int gaps_told;
+    uint64_t foreign_told;
+    uint64_t progress_told;
+    /* Events not yet told; under events_lock. */
+    uint32_t events;
+    int error;
+    uint64_t error_offset;
+    uint64_t foreign_offset;
+};
+
+struct fault_worker {
+    struct fault_threads *ft;
+    pthread_t thread;
+    uint32_t number;
+    int32_t cpu;
+    int epoll_fd;
+    int started;
+    uint32_t epoch_seen;
+    uint8_t *staging; /* one page of the largest size */
+};
+
+struct fault_threads {
+    struct status_header *status;
+    uint64_t features;
+    int quit_fd; /* eventfd: readable makes every worker look at quit and epoch */
+    int quit;
+    uint32_t epoch;
+    uint32_t n_workers;
+    struct fault_worker workers[FAULT_THREADS_MAX];
+    pthread_mutex_t workers_lock;
+    pthread_cond_t workers_changed;
+
+    pthread_mutex_t table_lock; /* remotes, generations; short, no system call under it */
+    struct remote_fd *remotes[REMOTES_MAX];
+    uint16_t generations[REMOTES_MAX];
+
+    struct served_block *blocks[STATUS_BLOCKS_MAX]; /* a pointer is cleared only after every worker has passed by */
+    struct waiters waiters;
+    struct stream stream;
+    uint32_t demand_in_flight;
+
+    pthread_mutex_t events_lock;
+    int event_fd;
+    uint64_t events_pending; /* how many objects have events: a hint to stop searching early */
+};
+
+uint64_t clock_ns(void);
+/* A thread of the core takes no signals: they are for Python's main thread. */
+int start_thread(pthread_t *threadp, const char *name, void *(*run)(void *), void *argument);
+
+/* fault_thread.c */
+int start_polling(struct fault_threads *ft, struct remote_fd *remote);
+void stop_polling(struct fault_threads *ft, int fd);
+void stop_polling_control(struct fault_threads *ft, struct remote_fd *remote);
+void disable_remote(struct fault_threads *ft, struct remote_fd *remote, int error, uint64_t addr);
+/* Returns when no worker holds on to what it saw before: each has been at the top of its loop. */
+void wait_for_workers(struct fault_threads *ft);
+
+/* fault_set.c */
+struct remote_fd *remote_by_id(struct fault_threads *ft, uint32_t id); /* counted; NULL: gone */
+/* Calls with each living remote fd of the block, counted meanwhile. */
+void for_each_remote(struct fault_threads *ft, const struct ramblock *block,
+                     void (*call)(struct remote_fd *remote, void *argument), void *argument);
+struct served_block *served_block_of(struct fault_threads *ft, const struct ramblock *block);
+
+/* request.c */
+void request_shared_page(struct fault_threads *ft, struct fault_worker *worker, struct remote_fd *remote, uint64_t page,
+                         uint32_t tid);
+/* Who waited is woken, ranges advance, completion is told. kind: whose counter the pages go to. */
+enum { PLACED_DEMAND = 1, PLACED_STREAM = 2 };
+void after_placing(struct fault_threads *ft, struct served_block *served, uint64_t page, uint64_t n, uint64_t placed, int kind);
+void lose_page(struct fault_threads *ft, struct served_block *served, uint64_t page);
+/* How many bytes of [page, page + n) the source holds; the rest of the last page is zeros. */
+uint64_t source_length(const struct ramblock *block, uint64_t page, uint64_t n);
+void ask_again(struct fault_threads *ft, struct served_block *served);
+
+/* fault_control.c */
+void handle_control(struct fault_threads *ft, struct remote_fd *remote);
+/* Sends or, where the helper does not read what it asked for, cuts it off. */
+void send_to_helper(struct fault_threads *ft, struct remote_fd *remote, const void *message, uint32_t length);
+void send_done(struct fault_threads *ft, struct remote_fd *remote, uint32_t cookie, int status, uint64_t offset, uint64_t length);
+
+/* fault_event.c */
+void tell_block(struct fault_threads *ft, struct served_block *served, uint32_t kind, int error, uint64_t offset);
+void tell_remote(struct fault_threads *ft, struct remote_fd *remote, uint32_t kind, int error, uint64_t addr);
+
+#endif

@@ -1,0 +1,82 @@
+/* fault_thread: the threads that answer faults, and all that must make progress while a page is missing.
+ *
+ * Each fault thread has an epoll of its own over the quit eventfd, every remote fd and every helper's control socket, level-triggered;
+ * several threads, each pinned to a CPU, serve the same remote fds, so that the one on the CPU that faulted answers without waking
+ * another. Requests are deduplicated by block and page (waiters.h); no lock is held over a system call. The stream is a thread of its
+ * own (stream.h). Policy, hand-over and states are Python's: it adds and removes blocks and remote fds and reads events.
+ */
+#ifndef PCSHARE_FAULT_THREAD_H
+#define PCSHARE_FAULT_THREAD_H
+
+#include <stdint.h>
+#include "page_channel.h"
+#include "ramblock.h"
+#include "remote_fd.h"
+#include "status_segment.h"
+
+enum {
+    FAULT_THREADS_MAX = 64,
+    FAULT_REQUESTS_IN_FLIGHT_MAX = 64, /* REQUESTs of one helper that are not answered yet */
+};
+
+enum {
+    EVENT_BLOCK_COMPLETE = 1,      /* every page is received or a hole */
+    EVENT_BLOCK_SOURCE_ERROR = 2,  /* error, offset */
+    EVENT_BLOCK_PLACE_ERROR = 4,   /* error, offset */
+    EVENT_BLOCK_FOREIGN = 8,       /* offset of one */
+    EVENT_BLOCK_GAPS = 16,         /* the stream went through and lost pages remain */
+    EVENT_REMOTE_LEFT = 32,        /* LEAVE */
+    EVENT_REMOTE_HUNG_UP = 64,     /* the control socket closed without LEAVE */
+    EVENT_REMOTE_DISABLED = 128,   /* cut off: error, addr */
+};
+
+struct fault_event {
+    uint32_t kind;        /* one of EVENT_* */
+    uint32_t block_index;
+    uint32_t remote_id;
+    int32_t error;        /* a positive errno */
+    uint64_t offset;      /* in the block, or the address */
+};
+
+enum {
+    SOURCE_LOSS_PAUSE = 0,
+    SOURCE_LOSS_POISON = 1,
+};
+
+struct fault_threads;
+
+/* status is the mapped status segment. */
+int fault_threads_new(struct fault_threads **ftp, struct status_header *status, uint64_t features);
+/* Starts n threads, each pinned to one of the n cpus (-1: not pinned), and returns when all run. */
+int fault_threads_start(struct fault_threads *ft, const int32_t *cpus, uint32_t n);
+/* Quits and joins them and the stream. Twice is fine. */
+void fault_threads_stop(struct fault_threads *ft);
+/* Stops first; frees what is left: remote fds, channels, blocks. */
+void fault_threads_free(struct fault_threads *ft);
+
+/* The block and its channel belong to ft from here on; the coordinator's own mapping is served from now on. */
+int fault_threads_add_block(struct fault_threads *ft, struct ramblock *block, struct page_channel *channel,
+                            uint32_t on_source_loss);
+/* No remote fd may be left on it (-EBUSY). */
+int fault_threads_remove_block(struct fault_threads *ft, uint32_t block_index);
+/* Every page is in: unregisters the coordinator's own mapping and the keeper's. */
+int fault_threads_complete_block(struct fault_threads *ft, uint32_t block_index);
+/* *idp names it in events. remote is consumed, also on failure. */
+int fault_threads_add_remote(struct fault_threads *ft, struct remote_fd *remote, uint32_t *idp);
+int fault_threads_remove_remote(struct fault_threads *ft, uint32_t id);
+/* Cuts it off: no longer polled, its waits forgotten; its uffd stays open until it is removed. */
+int fault_threads_disable_remote(struct fault_threads *ft, uint32_t id, int error);
+/* -ESRCH: its address space is gone; 0: it lives; -ENOENT: no such remote fd. */
+int fault_threads_probe_remote(struct fault_threads *ft, uint32_t id);
+
+/* mode: STATUS_STREAM_*; rate in bytes a second for STATUS_STREAM_RATE. */
+void fault_threads_set_stream(struct fault_threads *ft, uint32_t mode, uint64_t rate);
+/* Asks a failed source again: outstanding pages, lost pages, the stream's gaps. */
+int fault_threads_resume_block(struct fault_threads *ft, uint32_t block_index);
+
+/* Readable when an event waits. */
+int fault_threads_event_fd(const struct fault_threads *ft);
+/* 1 and the event, or 0. */
+int fault_threads_next_event(struct fault_threads *ft, struct fault_event *event);
+
+#endif

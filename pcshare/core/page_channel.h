@@ -1,0 +1,62 @@
+/* page_channel: one connection to a source, behind one small table of functions.
+ *
+ * A channel reads bytes; it places nothing and knows no helper. Requests may complete in any order and on any thread, exactly once
+ * each, also when the channel is closed (-ECANCELED).
+ */
+#ifndef PCSHARE_PAGE_CHANNEL_H
+#define PCSHARE_PAGE_CHANNEL_H
+
+#include <stdint.h>
+
+enum {
+    PAGE_CHANNEL_DONE = 0,
+    PAGE_CHANNEL_WOULD_BLOCK = 1, /* read_now: ask with submit */
+};
+
+struct page_request;
+typedef void page_request_done(struct page_request *request, int result);
+
+struct page_request {
+    struct page_request *next; /* the channel's while it is submitted */
+    uint64_t offset;           /* bytes in the source */
+    uint64_t length;           /* bytes wanted; all of them or an error */
+    uint8_t *bytes;
+    int is_demand;
+    uint64_t due_ns;           /* a filter's: when it may go on */
+    page_request_done *done;
+    void *owner;
+    uint32_t block_index;      /* for whoever made the request */
+    uint64_t page;
+    uint64_t n_pages;
+};
+
+struct page_channel;
+
+struct page_channel_ops {
+    /* Reads without ever waiting, or says that it would have to. */
+    int (*read_now)(struct page_channel *channel, void *bytes, uint64_t length, uint64_t offset);
+    void (*submit)(struct page_channel *channel, struct page_request *request);
+    void (*free)(struct page_channel *channel);
+};
+
+struct page_channel {
+    const struct page_channel_ops *ops;
+};
+
+/* A local file. fd is consumed, also on failure; size is what it held at the start: where the file is shorter today,
+ * -ENODATA. What a request wants beyond size (the tail of the last page) is zeros. */
+int page_channel_file_new(struct page_channel **channelp, int fd, uint64_t size);
+/* A source that only has holes: any read is zeros. */
+int page_channel_zero_new(struct page_channel **channelp);
+
+/* A filter in front of a channel: each request waits delay_us, all together take at most rate bytes a second (0: no
+ * limit), and while error_path exists they fail with error_errno (0: never). inner is consumed, also on failure. */
+int page_channel_filter_new(struct page_channel **channelp, struct page_channel *inner, uint64_t delay_us,
+                            uint64_t rate, int error_errno, const char *error_path);
+
+int page_channel_read_now(struct page_channel *channel, void *bytes, uint64_t length, uint64_t offset);
+void page_channel_submit(struct page_channel *channel, struct page_request *request);
+/* Waits for what is in flight, then frees. */
+void page_channel_free(struct page_channel *channel);
+
+#endif

@@ -1,0 +1,454 @@
+/* ramblock: see ramblock.h. */
+#define _GNU_SOURCE
+#include "ramblock.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "bitmap.h"
+#include "error.h"
+#include "trace.h"
+#include "uffd.h"
+
+enum { PLACE_TRIES_MAX = 1000 }; /* EAGAIN in a row: the keeper's address space moves only while it makes a block */
+
+static _Alignas(4096) uint8_t zero_page[RAMBLOCK_PAGE_SIZE_MAX]; /* never written; not const, so that it lies in .bss */
+
+static void count(uint64_t *counter, uint64_t n)
+{
+    __atomic_fetch_add(counter, n, __ATOMIC_RELAXED);
+}
+
+static void discount(uint64_t *counter, uint64_t n)
+{
+    __atomic_fetch_sub(counter, n, __ATOMIC_ACQ_REL);
+}
+
+/* ---- making ---- */
+
+static int check_sizes(const struct ramblock *b, char *text)
+{
+    uint64_t host_page = (uint64_t)getpagesize();
+
+    if (b->page_size == 0 || (b->page_size & (b->page_size - 1)) || b->page_size < host_page ||
+        b->page_size > RAMBLOCK_PAGE_SIZE_MAX) {
+        snprintf(text, CORE_ERROR_TEXT_MAX, "block %s: page size %llu: the host's is %llu, the largest supported %u", b->idstr,
+                 (unsigned long long)b->page_size, (unsigned long long)host_page, RAMBLOCK_PAGE_SIZE_MAX);
+        return -EINVAL;
+    }
+    if (b->map_length == 0 || b->map_length % b->page_size) {
+        snprintf(text, CORE_ERROR_TEXT_MAX, "block %s: length %llu is no multiple of its page size %llu", b->idstr,
+                 (unsigned long long)b->map_length, (unsigned long long)b->page_size);
+        return -EINVAL;
+    }
+    if (b->used_length == 0 || b->used_length > b->map_length) {
+        snprintf(text, CORE_ERROR_TEXT_MAX, "block %s: used length %llu does not fit its length %llu", b->idstr,
+                 (unsigned long long)b->used_length, (unsigned long long)b->map_length);
+        return -EINVAL;
+    }
+    return 0;
+}
+
+/* Widens the extents to whole pages and merges what then touches. */
+static int set_extents(struct ramblock *b, const struct ramblock_extent *data, uint64_t n_data)
+{
+    b->data = calloc(n_data ? n_data : 1, sizeof(*b->data));
+    if (!b->data)
+        return -ENOMEM;
+    for (uint64_t i = 0; i < n_data; i++) {
+        uint64_t start = data[i].start / b->page_size;
+        uint64_t end = (data[i].end + b->page_size - 1) / b->page_size;
+
+        if (data[i].start >= data[i].end || end > b->page_count)
+            return -EINVAL;
+        if (b->n_data && start < b->data[b->n_data - 1].start)
+            return -EINVAL;
+        if (b->n_data && start <= b->data[b->n_data - 1].end) {
+            if (end > b->data[b->n_data - 1].end)
+                b->data[b->n_data - 1].end = end;
+        } else {
+            b->data[b->n_data++] = (struct ramblock_extent){.start = start, .end = end};
+        }
+    }
+    for (uint64_t i = 0; i < b->n_data; i++)
+        b->missing_pages += b->data[i].end - b->data[i].start;
+    return 0;
+}
+
+static int make_bitmaps(struct ramblock *b)
+{
+    uint64_t **bitmaps[] = {&b->placing, &b->requested, &b->failed, &b->poisoned};
+    int rc = 0;
+
+    for (size_t i = 0; rc == 0 && i < sizeof(bitmaps) / sizeof(*bitmaps); i++)
+        rc = bitmap_new(bitmaps[i], b->page_count);
+    return rc;
+}
+
+static int open_helper_memfd(struct ramblock *b)
+{
+    char path[64];
+
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", b->memfd);
+    b->helper_memfd = open(path, (b->writable ? O_RDWR : O_RDONLY) | O_CLOEXEC);
+    return b->helper_memfd < 0 ? -errno : 0;
+}
+
+/* In the order that no touch can slip in before the mapping is registered. */
+static int map_own(struct ramblock *b)
+{
+    void *mapped = mmap(NULL, b->map_length, PROT_NONE, MAP_PRIVATE | MAP_NORESERVE, b->helper_memfd, 0);
+
+    if (mapped == MAP_FAILED)
+        return -errno;
+    b->host_addr = mapped;
+    if (madvise(mapped, b->map_length, MADV_DONTDUMP) < 0 || madvise(mapped, b->map_length, MADV_DONTFORK) < 0)
+        return -errno;
+    (void)madvise(mapped, b->map_length, MADV_NOHUGEPAGE);
+    int user_mode_only;
+    b->own_uffd = uffd_open(-1, &user_mode_only);
+    if (b->own_uffd < 0)
+        return b->own_uffd;
+    int rc = uffd_api(b->own_uffd, UFFD_FEATURE_BIT_THREAD_ID, NULL, NULL);
+    if (rc == 0)
+        rc = uffd_register(b->own_uffd, (uint64_t)(uintptr_t)mapped, b->map_length, UFFD_MODE_MISSING, NULL);
+    if (rc == 0 && mprotect(mapped, b->map_length, PROT_READ) < 0)
+        rc = -errno;
+    return rc;
+}
+
+static int make_memory(struct ramblock *b, char *text)
+{
+    struct keeper_answer answer;
+    int rc = keeper_make_block(b->keeper, b->idstr, b->map_length, b->page_size, b->writable, &answer, &b->memfd,
+                               &b->placing_uffd);
+
+    if (rc < 0) {
+        snprintf(text, CORE_ERROR_TEXT_MAX, "block %s: %.180s", b->idstr, keeper_error_text(b->keeper));
+        return rc;
+    }
+    b->keeper_block = answer.block;
+    b->place_addr = answer.place_addr;
+    b->can_zeropage = (answer.ioctls >> UFFD_IOCTL_ZEROPAGE) & 1;
+    if (!((answer.ioctls >> UFFD_IOCTL_COPY) & 1)) {
+        snprintf(text, CORE_ERROR_TEXT_MAX, "block %s: userfaultfd offers no COPY for its kind of memory", b->idstr);
+        return -EOPNOTSUPP;
+    }
+    rc = open_helper_memfd(b);
+    if (rc == 0)
+        rc = map_own(b);
+    if (rc < 0)
+        snprintf(text, CORE_ERROR_TEXT_MAX, "block %s: mapping it in the coordinator: %s", b->idstr, strerror(-rc));
+    return rc;
+}
+
+static void describe(struct ramblock *b)
+{
+    struct status_block *status = b->status;
+
+    memcpy(status->idstr, b->idstr, sizeof(status->idstr));
+    status->writable = (uint32_t)b->writable;
+    status->used_length = b->used_length;
+    status->page_size = b->page_size;
+    status->page_count = b->page_count;
+    status->hole_pages = b->page_count - b->missing_pages;
+    __atomic_store_n(&status->in_use, 1, __ATOMIC_RELEASE);
+}
+
+int ramblock_new(struct ramblock **bp, struct keeper *keeper, const char *idstr, uint64_t used_length, uint64_t map_length,
+                 uint64_t page_size, int writable, const struct ramblock_extent *data, uint64_t n_data, uint32_t index,
+                 struct status_block *status, uint64_t *received, char *text)
+{
+    struct ramblock *b = calloc(1, sizeof(*b));
+
+    *bp = NULL;
+    text[0] = '\0';
+    if (!b)
+        return -ENOMEM;
+    snprintf(b->idstr, sizeof(b->idstr), "%s", idstr);
+    b->used_length = used_length;
+    b->map_length = map_length;
+    b->page_size = page_size;
+    b->writable = writable;
+    b->index = index;
+    b->keeper = keeper;
+    b->status = status;
+    b->received = received;
+    b->memfd = b->helper_memfd = b->placing_uffd = b->own_uffd = -1;
+    int rc = check_sizes(b, text);
+    if (rc == 0) {
+        b->page_count = map_length / page_size;
+        rc = set_extents(b, data, n_data);
+    }
+    if (rc == 0)
+        rc = make_bitmaps(b);
+    if (rc == 0)
+        rc = make_memory(b, text);
+    if (rc < 0) {
+        if (!text[0])
+            snprintf(text, CORE_ERROR_TEXT_MAX, "block %s: %s", b->idstr, strerror(-rc));
+        ramblock_free(b);
+        return rc;
+    }
+    describe(b);
+    *bp = b;
+    return 0;
+}
+
+static void close_fd(int *fd)
+{
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
+void ramblock_free(struct ramblock *b)
+{
+    if (!b)
+        return;
+    /* The mapping goes before its uffd: an unregistered mapping of an unfinished block would plant zero pages. */
+    if (b->host_addr)
+        munmap(b->host_addr, b->map_length);
+    close_fd(&b->own_uffd);
+    if (b->memfd >= 0)
+        (void)keeper_drop_block(b->keeper, b->keeper_block);
+    close_fd(&b->placing_uffd);
+    close_fd(&b->helper_memfd);
+    close_fd(&b->memfd);
+    bitmap_free(b->placing, b->page_count);
+    bitmap_free(b->requested, b->page_count);
+    bitmap_free(b->failed, b->page_count);
+    bitmap_free(b->poisoned, b->page_count);
+    free(b->data);
+    free(b);
+}
+
+void ramblock_complete(struct ramblock *b)
+{
+    (void)uffd_unregister(b->own_uffd, (uint64_t)(uintptr_t)b->host_addr, b->map_length);
+    (void)madvise(b->host_addr, b->map_length, MADV_HUGEPAGE);
+    (void)keeper_complete_block(b->keeper, b->keeper_block);
+}
+
+/* ---- asking ---- */
+
+int ramblock_is_received(const struct ramblock *b, uint64_t page)
+{
+    return bitmap_test(b->received, page);
+}
+
+/* The index of the first extent that ends after the page; n_data if there is none. */
+static uint64_t extent_after(const struct ramblock *b, uint64_t page)
+{
+    uint64_t low = 0, high = b->n_data;
+
+    while (low < high) {
+        uint64_t middle = low + (high - low) / 2;
+        if (b->data[middle].end > page)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
+}
+
+int ramblock_is_hole(const struct ramblock *b, uint64_t page)
+{
+    uint64_t i = extent_after(b, page);
+
+    return i == b->n_data || page < b->data[i].start;
+}
+
+uint64_t ramblock_next_missing(const struct ramblock *b, uint64_t start, uint64_t end)
+{
+    for (uint64_t i = extent_after(b, start); i < b->n_data && b->data[i].start < end; i++) {
+        uint64_t from = b->data[i].start > start ? b->data[i].start : start;
+        uint64_t to = b->data[i].end < end ? b->data[i].end : end;
+        uint64_t page = bitmap_next_clear(b->received, from, to);
+        if (page < to)
+            return page;
+    }
+    return end;
+}
+
+uint64_t ramblock_claim_missing(struct ramblock *b, uint64_t start, uint64_t end, uint64_t max, uint64_t *firstp)
+{
+    uint64_t page = start, n = 0;
+
+    for (;;) {
+        uint64_t missing = ramblock_next_missing(b, page, end);
+        if (missing >= end)
+            return 0;
+        page = bitmap_next_clear(b->requested, missing, end);
+        if (page == missing && !bitmap_test_and_set(b->requested, page))
+            break;
+        if (page == missing)
+            page++;
+    }
+    uint64_t extent_end = b->data[extent_after(b, page)].end;
+    *firstp = page;
+    for (n = 1; n < max && page + n < end && page + n < extent_end; n++)
+        if (bitmap_test(b->received, page + n) || bitmap_test_and_set(b->requested, page + n))
+            break;
+    return n;
+}
+
+/* ---- placing ---- */
+
+static void set_received(struct ramblock *b, uint64_t page)
+{
+    if (bitmap_test_and_set(b->received, page))
+        return;
+    count(&b->status->received_pages, 1);
+    if (ramblock_is_hole(b, page))
+        discount(&b->status->hole_pages, 1);
+    else
+        discount(&b->missing_pages, 1);
+}
+
+/* Memory first, then the bit, then the right to place is given up. */
+static void finish_pages(struct ramblock *b, uint64_t page, uint64_t n)
+{
+    for (uint64_t i = page; i < page + n; i++) {
+        set_received(b, i);
+        bitmap_test_and_clear(b->placing, i);
+    }
+}
+
+/* How many pages from here on are ours to place now: not received, and nobody else at them. */
+static uint64_t acquire_run(struct ramblock *b, uint64_t page, uint64_t end)
+{
+    uint64_t n = 0;
+
+    for (; page + n < end; n++) {
+        if (bitmap_test(b->received, page + n) || bitmap_test_and_set(b->placing, page + n))
+            break;
+        if (bitmap_test(b->received, page + n)) {
+            bitmap_test_and_clear(b->placing, page + n);
+            break;
+        }
+    }
+    return n;
+}
+
+/* Present, not received, and only we may place it: somebody planted it. In a writable block it may be a write: it stays. */
+static int meet_foreign_page(struct ramblock *b, uint64_t page, const void *bytes)
+{
+    count(&b->foreign_pages, 1);
+    count(&b->status->foreign_pages, 1);
+    __atomic_store_n(&b->foreign_offset, page * b->page_size, __ATOMIC_RELAXED);
+    trace_point(TRACE_FOREIGN, b->index, 0, page, 0);
+    return b->writable ? 0 : keeper_repair(b->keeper, b->keeper_block, page * b->page_size, bytes, b->page_size);
+}
+
+static int copy_in(struct ramblock *b, uint64_t page, uint64_t n, const uint8_t *bytes, uint64_t *donep)
+{
+    return uffd_copy(b->placing_uffd, b->place_addr + page * b->page_size, bytes, n * b->page_size, donep);
+}
+
+static int zero_in(struct ramblock *b, uint64_t page, uint64_t *donep)
+{
+    if (!b->can_zeropage)
+        return copy_in(b, page, 1, zero_page, donep);
+    return uffd_zeropage(b->placing_uffd, b->place_addr + page * b->page_size, b->page_size, donep);
+}
+
+/* Places pages that we hold the placing bits of; gives the bits up whatever happens. bytes NULL: one zero page. */
+static int place_run(struct ramblock *b, uint64_t page, uint64_t n, const uint8_t *bytes, uint64_t *placed_pagesp)
+{
+    uint64_t placed = 0;
+    int tries = 0;
+
+    while (placed < n) {
+        uint64_t done = 0, at = page + placed;
+        int rc = bytes ? copy_in(b, at, n - placed, bytes + placed * b->page_size, &done) : zero_in(b, at, &done);
+
+        finish_pages(b, at, done / b->page_size);
+        placed += done / b->page_size;
+        *placed_pagesp += done / b->page_size;
+        tries = done ? 0 : tries + 1;
+        if (rc == -EEXIST) {
+            trace_point(TRACE_PLACE_PRESENT, b->index, 0, page + placed, 0);
+            rc = meet_foreign_page(b, page + placed, bytes ? bytes + placed * b->page_size : zero_page);
+            if (rc == 0)
+                finish_pages(b, page + placed++, 1);
+        } else if (rc == -EAGAIN && tries < PLACE_TRIES_MAX) {
+            if (!done)
+                sched_yield();
+            continue;
+        }
+        if (rc < 0) {
+            bitmap_clear_range(b->placing, page + placed, page + n);
+            return rc;
+        }
+    }
+    return 0;
+}
+
+int ramblock_place(struct ramblock *b, uint64_t page, uint64_t n_pages, const void *bytes, uint64_t *placed_pagesp)
+{
+    uint64_t end = page + n_pages, at = page;
+
+    *placed_pagesp = 0;
+    while (at < end) {
+        uint64_t run = acquire_run(b, at, end);
+        if (run == 0) {
+            at++;
+            continue;
+        }
+        int rc = place_run(b, at, run, (const uint8_t *)bytes + (at - page) * b->page_size, placed_pagesp);
+        if (rc < 0)
+            return rc;
+        at += run;
+    }
+    trace_point(TRACE_PLACE, b->index, 0, page, *placed_pagesp);
+    return *placed_pagesp ? RAMBLOCK_PLACED : RAMBLOCK_PRESENT;
+}
+
+int ramblock_place_zero(struct ramblock *b, uint64_t page)
+{
+    uint64_t placed = 0;
+
+    if (acquire_run(b, page, page + 1) == 0)
+        return RAMBLOCK_PRESENT;
+    int rc = place_run(b, page, 1, NULL, &placed);
+    if (rc == 0 && placed)
+        count(&b->status->zero_pages, 1);
+    trace_point(TRACE_PLACE_ZERO, b->index, 0, page, placed);
+    return rc < 0 ? rc : placed ? RAMBLOCK_PLACED : RAMBLOCK_PRESENT;
+}
+
+int ramblock_revive(struct ramblock *b, uint64_t page)
+{
+    uint64_t done;
+    int rc = zero_in(b, page, &done);
+
+    if (rc == -EEXIST)
+        return RAMBLOCK_PRESENT;
+    if (rc == 0)
+        count(&b->status->zero_pages, 1);
+    return rc;
+}
+
+int ramblock_discard(struct ramblock *b, uint64_t start_page, uint64_t n_pages)
+{
+    if (start_page > b->page_count || n_pages > b->page_count - start_page)
+        return -EINVAL;
+    if (fallocate(b->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(start_page * b->page_size),
+                  (off_t)(n_pages * b->page_size)) < 0)
+        return -errno;
+    for (uint64_t page = bitmap_next_set(b->received, start_page, start_page + n_pages); page < start_page + n_pages;
+         page = bitmap_next_set(b->received, page + 1, start_page + n_pages)) {
+        bitmap_test_and_clear(b->received, page);
+        discount(&b->status->received_pages, 1);
+        count(ramblock_is_hole(b, page) ? &b->status->hole_pages : &b->missing_pages, 1);
+    }
+    trace_point(TRACE_BLOCK_DISCARD, b->index, 0, start_page, n_pages);
+    return 0;
+}

@@ -1,0 +1,149 @@
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#include "remote_fd.h"
+#include "uffd.h"
+
+#define ADDRESS_SPACE_END ((1ull << 47) - 4096) /* of a process that asked for no more than 47 bits */
+
+static int map_is_valid(const struct remote_map *map, const struct ramblock *block) {
+    uint64_t n_pages = map->length / block->page_size;
+
+    if (map->length == 0 || map->length % block->page_size || map->client_addr % block->page_size)
+        return 0;
+    if (map->client_addr == 0 || map->client_addr > UINT64_MAX - map->length)
+        return 0;
+    return map->page <= block->page_count && n_pages <= block->page_count - map->page;
+}
+
+static int maps_overlap(const struct remote_map *a, const struct remote_map *b) {
+    return a->client_addr < b->client_addr + b->length && b->client_addr < a->client_addr + a->length;
+}
+
+/* What a helper says of itself: nothing in it is believed. */
+static int maps_are_valid(const struct remote_map *maps, uint32_t n_maps, const struct ramblock *block) {
+    if (n_maps == 0 || n_maps > WIRE_MAPS_MAX)
+        return 0;
+    for (uint32_t i = 0; i < n_maps; i++) {
+        if (!map_is_valid(&maps[i], block))
+            return 0;
+        for (uint32_t j = 0; j < i; j++)
+            if (maps_overlap(&maps[i], &maps[j]))
+                return 0;
+    }
+    return 1;
+}
+
+static void close_fds(int uffd, int control) {
+    close(uffd);
+    if (control >= 0)
+        close(control);
+}
+
+int remote_fd_new(struct remote_fd **rp, struct ramblock *block, int uffd, int control, const struct remote_map *maps,
+                  uint32_t n_maps, struct status_helper *status) {
+    struct remote_fd *r = NULL;
+    int rc = -EINVAL;
+
+    *rp = NULL;
+    if (maps_are_valid(maps, n_maps, block)) {
+        r = calloc(1, sizeof(*r));
+        rc = -ENOMEM;
+    }
+    if (!r) {
+        close_fds(uffd, control);
+        return rc;
+    }
+    r->references = 1;
+    r->uffd = uffd;
+    r->control = control;
+    r->block = block;
+    r->n_maps = n_maps;
+    memcpy(r->maps, maps, n_maps * sizeof(maps[0]));
+    r->status = status;
+    *rp = r;
+    return 0;
+}
+
+struct remote_fd *remote_fd_get(struct remote_fd *r) {
+    __atomic_fetch_add(&r->references, 1, __ATOMIC_RELAXED);
+    return r;
+}
+
+void remote_fd_put(struct remote_fd *r) {
+    if (!r || __atomic_sub_fetch(&r->references, 1, __ATOMIC_ACQ_REL) > 0)
+        return;
+    close_fds(r->uffd, r->control);
+    free(r);
+}
+
+int remote_fd_page(const struct remote_fd *r, uint64_t client_addr, uint64_t *pagep) {
+    for (uint32_t i = 0; i < r->n_maps; i++) {
+        const struct remote_map *map = &r->maps[i];
+
+        if (client_addr >= map->client_addr && client_addr - map->client_addr < map->length) {
+            *pagep = map->page + (client_addr - map->client_addr) / r->block->page_size;
+            return 0;
+        }
+    }
+    return -EFAULT;
+}
+
+typedef int page_verb(int uffd, uint64_t addr, uint64_t length);
+
+/* Does the verb in each map that shows the page; one that fails does not keep the others from it. The first error. */
+static int each_map(const struct remote_fd *r, uint64_t page, page_verb *verb) {
+    uint64_t page_size = r->block->page_size;
+    int rc = 0;
+
+    for (uint32_t i = 0; i < r->n_maps; i++) {
+        const struct remote_map *map = &r->maps[i];
+        int rc_here;
+
+        if (page < map->page || page - map->page >= map->length / page_size)
+            continue;
+        rc_here = verb(r->uffd, map->client_addr + (page - map->page) * page_size, page_size);
+        if (rc == 0)
+            rc = rc_here;
+    }
+    return rc;
+}
+
+int remote_fd_wake(const struct remote_fd *r, uint64_t page) {
+    return each_map(r, page, uffd_wake);
+}
+
+/* EEXIST: the page is mapped there, nothing to poison. */
+static int poison_one(int uffd, uint64_t addr, uint64_t length) {
+    uint64_t done;
+    int rc = uffd_poison(uffd, addr, length, &done);
+
+    return rc == -EEXIST ? 0 : rc;
+}
+
+int remote_fd_poison(const struct remote_fd *r, uint64_t page) {
+    return r->is_own ? 0 : each_map(r, page, poison_one);
+}
+
+/* EEXIST: it is mapped, not poisoned. ENOENT: no longer a mapping of ours. EFAULT: the page is absent. */
+static int unpoison_one(int uffd, uint64_t addr, uint64_t length) {
+    uint64_t done;
+    int rc = uffd_continue(uffd, addr, length, &done);
+
+    return rc == -EEXIST || rc == -ENOENT || rc == -EFAULT ? 0 : rc;
+}
+
+int remote_fd_unpoison(const struct remote_fd *r, uint64_t page) {
+    return r->is_own ? 0 : each_map(r, page, unpoison_one);
+}
+
+/* CONTINUE over a range that no mapping can hold (up to the end of the address space): the kernel first looks whether
+ * there is an address space at all, then whether one mapping holds the whole range, and only then does something. */
+int remote_fd_probe(const struct remote_fd *r) {
+    uint64_t addr = r->maps[0].client_addr, done;
+    uint64_t length = addr < ADDRESS_SPACE_END ? ADDRESS_SPACE_END - addr : r->block->page_size;
+
+    return uffd_continue(r->uffd, addr, length, &done) == -ESRCH ? -ESRCH : 0;
+}

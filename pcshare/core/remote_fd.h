@@ -1,0 +1,53 @@
+/* remote_fd: the coordinator's record of one helper's uffd: the fd, the control socket, the map from client addresses to a
+ * block, statistics. The coordinator's own uffd is one of these too.
+ *
+ * A pid is never a key: a process may attach as often as it likes. Counted references: the fds close with the last one. Never places
+ * a page through a helper's uffd: its owner can make that hang or fail.
+ */
+#ifndef PCSHARE_REMOTE_FD_H
+#define PCSHARE_REMOTE_FD_H
+
+#include <stdint.h>
+#include "ramblock.h"
+#include "wire.h"
+
+struct remote_map {
+    uint64_t client_addr;
+    uint64_t length;
+    uint64_t page; /* the first page of the block that it shows */
+};
+
+struct remote_fd {
+    int32_t references;
+    uint32_t id;        /* slot and generation; what events name it by */
+    uint32_t slot;      /* in the status segment */
+    int is_own;         /* the coordinator's: never poisoned, has no control socket */
+    int uffd;
+    int control;        /* -1: none */
+    int disabled;
+    uint32_t requests_in_flight;
+    struct ramblock *block;
+    uint32_t n_maps;
+    struct remote_map maps[16];
+    struct status_helper *status;
+    int32_t events;     /* REMOTE_EVENT_* not yet told */
+    int error;          /* the errno that goes with DISABLED */
+    uint64_t error_addr;
+};
+
+/* uffd and control (or -1) are consumed, also on failure. */
+int remote_fd_new(struct remote_fd **rp, struct ramblock *block, int uffd, int control, const struct remote_map *maps,
+                  uint32_t n_maps, struct status_helper *status);
+struct remote_fd *remote_fd_get(struct remote_fd *r);
+void remote_fd_put(struct remote_fd *r);
+/* 0 and the page that client_addr shows; -EFAULT: outside every map. */
+int remote_fd_page(const struct remote_fd *r, uint64_t client_addr, uint64_t *pagep);
+/* Wakes whoever waits for the page, in each map that shows it. */
+int remote_fd_wake(const struct remote_fd *r, uint64_t page);
+/* Makes a touch of the page SIGBUS, and takes that back. */
+int remote_fd_poison(const struct remote_fd *r, uint64_t page);
+int remote_fd_unpoison(const struct remote_fd *r, uint64_t page);
+/* -ESRCH: the address space is gone (exit or exec); 0: it lives. */
+int remote_fd_probe(const struct remote_fd *r);
+
+#endif

@@ -1,0 +1,317 @@
+/* request: a fault's way to its page: received, or a hole, or read at once, or asked of the source and waited for.
+ *
+ * A page that the source has at hand (page cache) is read and placed by the fault thread itself: handing it to another thread would cost
+ * a wake-up, which is most of a fault's time. What would block is handed on. Every path ends in a wake, a poison mark, or an entry in
+ * waiters that a later answer or resume finds.
+ */
+#include "fault_internal.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bitmap.h"
+#include "trace.h"
+#include "uffd.h"
+
+enum { NOT_AT_HAND = 2 }; /* beside RAMBLOCK_PLACED and RAMBLOCK_PRESENT */
+enum { TOLD_RECEIVED = 1, TOLD_BEFORE = 2, TOLD_ASKED = 0 }; /* details of TRACE_REQUEST_SHARED */
+enum { PROGRESS_STEPS = 256 };
+
+struct demand {
+    struct page_request request;
+    struct fault_threads *ft;
+    struct served_block *served;
+    uint8_t bytes[];
+};
+
+static void ask_source(struct fault_threads *ft, struct served_block *served, uint64_t page);
+
+uint64_t source_length(const struct ramblock *block, uint64_t page, uint64_t n)
+{
+    uint64_t offset = page * block->page_size, length = n * block->page_size;
+
+    return offset + length > block->used_length ? block->used_length - offset : length;
+}
+
+/* ---- ends of a wait ---- */
+
+static void record_blocktime(struct fault_threads *ft, const struct remote_fd *remote, uint64_t start_ns)
+{
+    uint64_t us = (clock_ns() - start_ns) / 1000;
+
+    if (remote->status)
+        status_histogram_add(&remote->status->blocktime, us);
+    if (!remote->is_own)
+        status_histogram_add(&ft->status->blocktime, us);
+}
+
+static void wake_remote(const struct remote_fd *remote, uint64_t page)
+{
+    trace_point(TRACE_WAKE, remote->block->index, remote->id, page, 0);
+    (void)remote_fd_wake(remote, page); /* one failing waker does not keep the others from being woken */
+}
+
+/* One call wakes every thread of a remote fd that waits for the page. */
+static int comes_earlier(const struct waiter *list, const struct waiter *waiter)
+{
+    for (; list != waiter; list = list->next)
+        if (list->remote == waiter->remote && list->page == waiter->page)
+            return 1;
+    return 0;
+}
+
+static void wake_list(struct fault_threads *ft, struct waiter *list)
+{
+    for (struct waiter *waiter = list; waiter; waiter = waiter->next) {
+        if (!comes_earlier(list, waiter))
+            wake_remote(waiter->remote, waiter->page);
+        record_blocktime(ft, waiter->remote, waiter->start_ns);
+    }
+    waiters_free_list(list);
+}
+
+/* A mark on a page that arrived while it was made must go again: a present page that nobody touched yet takes the mark. */
+static void poison_remote(struct ramblock *block, struct remote_fd *remote, uint64_t page)
+{
+    bitmap_test_and_set(block->poisoned, page);
+    trace_point(TRACE_POISON, block->index, remote->id, page, 0);
+    (void)remote_fd_poison(remote, page);
+    if (ramblock_is_received(block, page)) {
+        (void)remote_fd_unpoison(remote, page);
+        (void)remote_fd_wake(remote, page);
+    }
+}
+
+void lose_page(struct fault_threads *ft, struct served_block *served, uint64_t page)
+{
+    struct ramblock *block = served->block;
+
+    bitmap_test_and_set(block->requested, page);
+    if (!bitmap_test_and_set(block->failed, page))
+        __atomic_fetch_add(&block->status->lost_pages, 1, __ATOMIC_RELAXED);
+    struct waiter *list = waiters_take_remote(&ft->waiters, block, page);
+    for (struct waiter *waiter = list; waiter; waiter = waiter->next) {
+        if (!comes_earlier(list, waiter))
+            poison_remote(block, waiter->remote, page);
+        record_blocktime(ft, waiter->remote, waiter->start_ns);
+    }
+    waiters_free_list(list);
+    stream_note_lost(ft, block, page);
+    status_block_notify(block->status);
+}
+
+/* ---- after placing ---- */
+
+static void lift_one(struct remote_fd *remote, void *argument)
+{
+    uint64_t page = *(const uint64_t *)argument;
+
+    if (!remote->is_own) {
+        (void)remote_fd_unpoison(remote, page);
+        (void)remote_fd_wake(remote, page);
+    }
+}
+
+static void lift_poison(struct fault_threads *ft, struct ramblock *block, uint64_t page, uint64_t n)
+{
+    for (uint64_t i = bitmap_next_set(block->poisoned, page, page + n); i < page + n;
+         i = bitmap_next_set(block->poisoned, i + 1, page + n)) {
+        if (!ramblock_is_received(block, i))
+            continue;
+        bitmap_test_and_clear(block->poisoned, i);
+        for_each_remote(ft, block, lift_one, &i);
+    }
+    for (uint64_t i = bitmap_next_set(block->failed, page, page + n); i < page + n;
+         i = bitmap_next_set(block->failed, i + 1, page + n))
+        if (ramblock_is_received(block, i) && bitmap_test_and_clear(block->failed, i))
+            __atomic_fetch_sub(&block->status->lost_pages, 1, __ATOMIC_RELAXED);
+}
+
+static void tell_progress(struct fault_threads *ft, struct served_block *served)
+{
+    struct status_block *status = served->block->status;
+    uint64_t done = __atomic_load_n(&status->received_pages, __ATOMIC_RELAXED) +
+                    __atomic_load_n(&status->hole_pages, __ATOMIC_RELAXED);
+    uint64_t step = (uint64_t)((double)done * PROGRESS_STEPS / (double)status->page_count);
+
+    if (__atomic_exchange_n(&served->progress_told, step, __ATOMIC_RELAXED) != step)
+        status_block_notify(status);
+    if (__atomic_load_n(&served->block->missing_pages, __ATOMIC_ACQUIRE) == 0 &&
+        !__atomic_exchange_n(&served->complete, 1, __ATOMIC_ACQ_REL)) {
+        trace_point(TRACE_BLOCK_COMPLETE, served->block->index, 0, 0, 0);
+        status_block_notify(status);
+        tell_block(ft, served, EVENT_BLOCK_COMPLETE, 0, 0);
+    }
+}
+
+void after_placing(struct fault_threads *ft, struct served_block *served, uint64_t page, uint64_t n, uint64_t placed, int kind)
+{
+    struct ramblock *block = served->block;
+    uint64_t *counter = kind == PLACED_DEMAND ? &block->status->demand_pages : &block->status->stream_pages;
+
+    __atomic_fetch_add(counter, placed, __ATOMIC_RELAXED);
+    wake_list(ft, waiters_take(&ft->waiters, block, page, n));
+    lift_poison(ft, block, page, n);
+    stream_note_received(ft, block, page, n);
+    uint64_t foreign = __atomic_load_n(&block->foreign_pages, __ATOMIC_RELAXED);
+    if (__atomic_exchange_n(&served->foreign_told, foreign, __ATOMIC_RELAXED) != foreign)
+        tell_block(ft, served, EVENT_BLOCK_FOREIGN, 0, __atomic_load_n(&block->foreign_offset, __ATOMIC_RELAXED));
+    tell_progress(ft, served);
+}
+
+/* ---- asking ---- */
+
+/* The page did not come: whoever waits goes on waiting, visibly, or is told by a poison mark. */
+static void page_failed(struct fault_threads *ft, struct served_block *served, uint64_t page, int error, uint32_t kind)
+{
+    trace_point(TRACE_SOURCE_ERROR, served->block->index, 0, page, (uint64_t)error);
+    if (kind == EVENT_BLOCK_SOURCE_ERROR && served->on_source_loss == SOURCE_LOSS_POISON) {
+        lose_page(ft, served, page);
+    } else {
+        __atomic_store_n(&served->paused, 1, __ATOMIC_RELEASE);
+        waiters_unask(&ft->waiters, served->block, page);
+    }
+    tell_block(ft, served, kind, error, page * served->block->page_size);
+}
+
+static void demand_done(struct page_request *request, int result)
+{
+    struct demand *demand = request->owner;
+    struct fault_threads *ft = demand->ft;
+    struct served_block *served = demand->served;
+    struct ramblock *block = served->block;
+    uint64_t placed = 0;
+
+    if (result == 0) {
+        memset(demand->bytes + request->length, 0, block->page_size - request->length);
+        result = ramblock_place(block, request->page, 1, demand->bytes, &placed);
+        if (result >= 0)
+            after_placing(ft, served, request->page, 1, placed, PLACED_DEMAND);
+        else
+            page_failed(ft, served, request->page, -result, EVENT_BLOCK_PLACE_ERROR);
+    } else if (result != -ECANCELED) {
+        page_failed(ft, served, request->page, -result, EVENT_BLOCK_SOURCE_ERROR);
+    }
+    if (__atomic_sub_fetch(&ft->demand_in_flight, 1, __ATOMIC_ACQ_REL) == 0)
+        stream_poke(ft);
+    free(demand);
+}
+
+static void ask_source(struct fault_threads *ft, struct served_block *served, uint64_t page)
+{
+    struct ramblock *block = served->block;
+    struct demand *demand = malloc(sizeof(*demand) + block->page_size);
+
+    if (!demand) {
+        page_failed(ft, served, page, ENOMEM, EVENT_BLOCK_PLACE_ERROR);
+        return;
+    }
+    demand->ft = ft;
+    demand->served = served;
+    demand->request = (struct page_request){.offset = page * block->page_size, .length = source_length(block, page, 1),
+                                            .bytes = demand->bytes, .is_demand = 1, .done = demand_done, .owner = demand,
+                                            .block_index = block->index, .page = page, .n_pages = 1};
+    __atomic_fetch_add(&ft->demand_in_flight, 1, __ATOMIC_ACQ_REL);
+    page_channel_submit(served->channel, &demand->request);
+}
+
+void ask_again(struct fault_threads *ft, struct served_block *served)
+{
+    uint32_t bucket = 0;
+    uint64_t page;
+
+    while (waiters_next_unasked(&ft->waiters, served->block, &bucket, &page))
+        ask_source(ft, served, page);
+}
+
+/* ---- a fault ---- */
+
+/* Places the page if that takes no waiting: a hole, or what the source can read at once. */
+static int place_now(struct fault_worker *worker, struct served_block *served, uint64_t page, uint64_t *placedp)
+{
+    struct ramblock *block = served->block;
+    uint64_t length = source_length(block, page, 1);
+
+    *placedp = 0;
+    if (ramblock_is_hole(block, page)) {
+        int rc = ramblock_place_zero(block, page);
+        *placedp = rc == RAMBLOCK_PLACED;
+        return rc;
+    }
+    int rc = page_channel_read_now(served->channel, worker->staging, length, page * block->page_size);
+    if (rc != PAGE_CHANNEL_DONE)
+        return NOT_AT_HAND; /* an error too: asked the slow way, it is told in one place */
+    memset(worker->staging + length, 0, block->page_size - length);
+    return ramblock_place(block, page, 1, worker->staging, placedp);
+}
+
+static void wait_for_page(struct fault_threads *ft, struct served_block *served, struct remote_fd *remote, uint64_t page,
+                          uint32_t tid, uint64_t now_ns, int ask)
+{
+    struct ramblock *block = served->block;
+    int rc = waiters_add(&ft->waiters, block, page, remote, tid, now_ns);
+
+    if (rc < 0) { /* no memory for a note: let it fault again */
+        sched_yield();
+        wake_remote(remote, page);
+        return;
+    }
+    trace_point(TRACE_REQUEST_SHARED, block->index, remote->id, page, rc == WAITERS_ASK ? TOLD_ASKED : TOLD_BEFORE);
+    if (ramblock_is_received(block, page)) /* it came between the look at the bit and the note */
+        wake_list(ft, waiters_take(&ft->waiters, block, page, 1));
+    else if (__atomic_load_n(&remote->disabled, __ATOMIC_ACQUIRE))
+        waiters_drop_remote(&ft->waiters, remote);
+    else if (ask && rc == WAITERS_ASK)
+        ask_source(ft, served, page);
+}
+
+/* A received page faults: the message is older than the page, or, in a writable block, a helper has removed the page. */
+static void answer_received(struct fault_threads *ft, struct remote_fd *remote, uint64_t page, uint64_t now_ns)
+{
+    struct ramblock *block = remote->block;
+
+    trace_point(TRACE_REQUEST_SHARED, block->index, remote->id, page, TOLD_RECEIVED);
+    if (block->writable)
+        (void)ramblock_revive(block, page);
+    wake_remote(remote, page);
+    record_blocktime(ft, remote, now_ns);
+}
+
+static void count_fault(struct fault_threads *ft, struct remote_fd *remote, uint64_t placed)
+{
+    if (remote->is_own)
+        return;
+    __atomic_fetch_add(&ft->status->fault_count, 1, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&remote->status->faults, 1, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&remote->status->demand_pages, placed, __ATOMIC_RELAXED);
+}
+
+void request_shared_page(struct fault_threads *ft, struct fault_worker *worker, struct remote_fd *remote, uint64_t page,
+                         uint32_t tid)
+{
+    struct ramblock *block = remote->block;
+    struct served_block *served = served_block_of(ft, block);
+    uint64_t now_ns = clock_ns(), placed = 0;
+
+    trace_point(TRACE_FAULT, block->index, remote->id, page, tid);
+    if (ramblock_is_received(block, page)) {
+        answer_received(ft, remote, page, now_ns);
+    } else if (bitmap_test(block->failed, page) && !remote->is_own) {
+        poison_remote(block, remote, page);
+    } else {
+        int rc = place_now(worker, served, page, &placed);
+        if (rc == RAMBLOCK_PLACED) {
+            wake_remote(remote, page);
+            record_blocktime(ft, remote, now_ns);
+            after_placing(ft, served, page, 1, placed, PLACED_DEMAND);
+        } else {
+            wait_for_page(ft, served, remote, page, tid, now_ns, rc == NOT_AT_HAND);
+            if (rc < 0)
+                page_failed(ft, served, page, -rc, EVENT_BLOCK_PLACE_ERROR);
+        }
+        stream_follow(ft, block, page);
+    }
+    count_fault(ft, remote, placed);
+}

@@ -1,0 +1,629 @@
+/* stream: see stream.h. */
+#include "fault_internal.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#include "bitmap.h"
+#include "trace.h"
+
+enum { HINT_BLOCK_SHIFT = 48 };
+enum { ISSUED = 0, NOTHING_TO_ASK = 1 };
+static const uint64_t forever_ns = UINT64_MAX;
+static const uint64_t second_ns = 1000000000ull;
+
+/* ---- life ---- */
+
+int stream_init(struct fault_threads *ft)
+{
+    struct stream *s = &ft->stream;
+    pthread_condattr_t monotonic;
+
+    pthread_mutex_init(&s->lock, NULL);
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&s->wake, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    s->ranges_tail = &s->ranges;
+    uint8_t *buffers = mmap(NULL, (size_t)STREAM_BUFFER_BYTES * STREAM_WINDOW, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (buffers == MAP_FAILED)
+        return -errno;
+    for (uint32_t i = 0; i < STREAM_WINDOW; i++) {
+        s->pieces[i].ft = ft;
+        s->pieces[i].request.bytes = buffers + (size_t)i * STREAM_BUFFER_BYTES;
+        s->pieces[i].request.owner = &s->pieces[i];
+    }
+    return 0;
+}
+
+void stream_deinit(struct fault_threads *ft)
+{
+    struct stream *s = &ft->stream;
+
+    if (s->pieces[0].request.bytes)
+        munmap(s->pieces[0].request.bytes, (size_t)STREAM_BUFFER_BYTES * STREAM_WINDOW);
+    pthread_cond_destroy(&s->wake);
+    pthread_mutex_destroy(&s->lock);
+}
+
+void stream_poke(struct fault_threads *ft)
+{
+    struct stream *s = &ft->stream;
+
+    pthread_mutex_lock(&s->lock);
+    pthread_cond_broadcast(&s->wake);
+    pthread_mutex_unlock(&s->lock);
+}
+
+void stream_set(struct fault_threads *ft, uint32_t mode, uint64_t rate)
+{
+    struct stream *s = &ft->stream;
+
+    pthread_mutex_lock(&s->lock);
+    s->mode = mode;
+    s->rate = rate;
+    s->next_allowed_ns = 0;
+    pthread_cond_broadcast(&s->wake);
+    pthread_mutex_unlock(&s->lock);
+}
+
+void stream_follow(struct fault_threads *ft, const struct ramblock *block, uint64_t page)
+{
+    uint64_t hint = ((uint64_t)block->index << HINT_BLOCK_SHIFT | page) + 1;
+
+    __atomic_store_n(&ft->stream.hint, hint, __ATOMIC_RELAXED);
+}
+
+/* ---- ranges ---- */
+
+static void append_range(struct stream *s, struct stream_range *range)
+{
+    range->next = NULL;
+    *s->ranges_tail = range;
+    s->ranges_tail = &range->next;
+}
+
+static void push_range(struct stream *s, struct stream_range *range)
+{
+    range->next = s->ranges;
+    s->ranges = range;
+    if (s->ranges_tail == &s->ranges)
+        s->ranges_tail = &range->next;
+}
+
+static struct stream_range *unlink_range(struct stream *s, struct stream_range **rangep)
+{
+    struct stream_range *range = *rangep;
+
+    *rangep = range->next;
+    if (s->ranges_tail == &range->next)
+        s->ranges_tail = rangep;
+    return range;
+}
+
+/* Tells the helper, if one is owed an answer, and frees. Not under the lock. */
+static void end_range(struct fault_threads *ft, struct stream_range *range, int status, uint64_t offset, uint64_t length)
+{
+    if (range->remote) {
+        if (range->wait)
+            send_done(ft, range->remote, range->cookie, status, offset, length);
+        __atomic_sub_fetch(&range->remote->requests_in_flight, 1, __ATOMIC_RELAXED);
+        remote_fd_put(range->remote);
+    }
+    free(range);
+}
+
+static void end_ranges(struct fault_threads *ft, struct stream_range *list, int status, uint64_t page, uint64_t n)
+{
+    while (list) {
+        struct stream_range *range = list;
+        list = range->next;
+        end_range(ft, range, status, page * range->block->page_size, n * range->block->page_size);
+    }
+}
+
+static struct stream_range *new_range(struct ramblock *block, uint64_t start, uint64_t end)
+{
+    struct stream_range *range = calloc(1, sizeof(*range));
+
+    if (range) {
+        range->block = block;
+        range->start = range->issue = range->cursor = start;
+        range->end = end;
+    }
+    return range;
+}
+
+int stream_add_range(struct fault_threads *ft, struct ramblock *block, uint64_t start, uint64_t end, struct remote_fd *remote,
+                     uint32_t cookie, int wait)
+{
+    struct stream *s = &ft->stream;
+    struct stream_range *range = new_range(block, start, end);
+
+    if (!range)
+        return -ENOMEM;
+    range->remote = remote ? remote_fd_get(remote) : NULL;
+    range->cookie = cookie;
+    range->wait = wait;
+    if (remote)
+        __atomic_add_fetch(&remote->requests_in_flight, 1, __ATOMIC_RELAXED);
+    trace_point(TRACE_RANGE_REQUEST, block->index, remote ? remote->id : 0, start, end - start);
+    uint64_t lost = bitmap_next_set(block->failed, start, end);
+    if (lost < end && wait) {
+        end_range(ft, range, -EIO, lost * block->page_size, block->page_size);
+        return 0;
+    }
+    pthread_mutex_lock(&s->lock);
+    /* Under the lock: a page placed from now on finds the range. */
+    range->cursor = ramblock_next_missing(block, start, end);
+    int complete = range->cursor == end;
+    if (!complete) {
+        append_range(s, range);
+        pthread_cond_broadcast(&s->wake);
+    }
+    pthread_mutex_unlock(&s->lock);
+    if (complete)
+        end_range(ft, range, 0, 0, 0);
+    return 0;
+}
+
+/* Takes out the ranges for which decide says so; the caller ends them. */
+static struct stream_range *take_ranges(struct stream *s, int (*decide)(struct stream_range *range, const void *argument),
+                                        const void *argument)
+{
+    struct stream_range *list = NULL, **rangep = &s->ranges;
+
+    while (*rangep) {
+        if (!decide(*rangep, argument)) {
+            rangep = &(*rangep)->next;
+            continue;
+        }
+        struct stream_range *range = unlink_range(s, rangep);
+        range->next = list;
+        list = range;
+    }
+    return list;
+}
+
+struct page_span {
+    const struct ramblock *block;
+    uint64_t page, n;
+};
+
+static int is_complete_now(struct stream_range *range, const void *argument)
+{
+    const struct page_span *span = argument;
+
+    if (range->block != span->block || range->cursor < span->page || range->cursor >= span->page + span->n)
+        return 0;
+    range->cursor = ramblock_next_missing(range->block, range->cursor, range->end);
+    return range->cursor == range->end;
+}
+
+void stream_note_received(struct fault_threads *ft, struct ramblock *block, uint64_t page, uint64_t n)
+{
+    struct stream *s = &ft->stream;
+    struct page_span span = {.block = block, .page = page, .n = n};
+
+    if (!__atomic_load_n(&s->ranges, __ATOMIC_SEQ_CST))
+        return;
+    pthread_mutex_lock(&s->lock);
+    struct stream_range *list = take_ranges(s, is_complete_now, &span);
+    pthread_mutex_unlock(&s->lock);
+    end_ranges(ft, list, 0, 0, 0);
+}
+
+static int waits_for_lost(struct stream_range *range, const void *argument)
+{
+    const struct page_span *span = argument;
+
+    return range->block == span->block && range->wait && range->start <= span->page && span->page < range->end;
+}
+
+void stream_note_lost(struct fault_threads *ft, struct ramblock *block, uint64_t page)
+{
+    struct stream *s = &ft->stream;
+    struct page_span span = {.block = block, .page = page, .n = 1};
+
+    pthread_mutex_lock(&s->lock);
+    struct stream_range *list = take_ranges(s, waits_for_lost, &span);
+    pthread_mutex_unlock(&s->lock);
+    end_ranges(ft, list, -EIO, page, 1);
+}
+
+static int is_of_remote(struct stream_range *range, const void *argument)
+{
+    return range->remote == argument;
+}
+
+void stream_drop_remote(struct fault_threads *ft, const struct remote_fd *remote)
+{
+    struct stream *s = &ft->stream;
+
+    pthread_mutex_lock(&s->lock);
+    struct stream_range *list = take_ranges(s, is_of_remote, remote);
+    pthread_mutex_unlock(&s->lock);
+    for (struct stream_range *range = list; range; range = range->next)
+        range->wait = 0;
+    end_ranges(ft, list, 0, 0, 0);
+}
+
+static int is_of_block(struct stream_range *range, const void *argument)
+{
+    return range->block == argument;
+}
+
+static int pieces_of_block(const struct stream *s, const struct ramblock *block)
+{
+    int n = 0;
+
+    for (uint32_t i = 0; i < STREAM_WINDOW; i++)
+        n += s->pieces[i].block == block;
+    return n;
+}
+
+void stream_drop_block(struct fault_threads *ft, const struct ramblock *block)
+{
+    struct stream *s = &ft->stream;
+
+    pthread_mutex_lock(&s->lock);
+    struct stream_range *list = take_ranges(s, is_of_block, block);
+    while (s->running && pieces_of_block(s, block))
+        pthread_cond_wait(&s->wake, &s->lock);
+    pthread_mutex_unlock(&s->lock);
+    end_ranges(ft, list, -ECANCELED, 0, 0);
+}
+
+/* ---- what to ask for next ---- */
+
+static uint64_t pages_of_piece(const struct stream *s, const struct ramblock *block, int background)
+{
+    uint64_t bytes = STREAM_PIECE_BYTES;
+
+    if (background && s->mode == STATUS_STREAM_RATE && s->rate / STREAM_RATE_PIECES < bytes)
+        bytes = s->rate / STREAM_RATE_PIECES;
+    return bytes > block->page_size ? bytes / block->page_size : 1;
+}
+
+static int is_paused(struct fault_threads *ft, const struct ramblock *block)
+{
+    return __atomic_load_n(&served_block_of(ft, block)->paused, __ATOMIC_ACQUIRE);
+}
+
+static int claim_for_range(struct fault_threads *ft, struct stream_piece *piece)
+{
+    struct stream *s = &ft->stream;
+    struct stream_range **rangep = &s->ranges;
+
+    while (*rangep) {
+        struct stream_range *range = *rangep;
+        uint64_t most = range->piece_pages_max ? range->piece_pages_max : pages_of_piece(s, range->block, 0);
+        uint64_t n = 0, first = 0;
+
+        if (!is_paused(ft, range->block) && range->issue < range->end) {
+            n = ramblock_claim_missing(range->block, range->issue, range->end, most, &first);
+            range->issue = n ? first + n : range->end;
+        }
+        if (n) {
+            piece->block = range->block;
+            piece->request.page = first;
+            piece->request.n_pages = n;
+            piece->kind = range->wait ? PLACED_DEMAND : PLACED_STREAM;
+            return ISSUED;
+        }
+        if (!range->wait && range->issue == range->end)
+            end_range(ft, unlink_range(s, rangep), 0, 0, 0);
+        else
+            rangep = &range->next;
+    }
+    return NOTHING_TO_ASK;
+}
+
+static void take_hint(struct stream *s)
+{
+    uint64_t hint = __atomic_exchange_n(&s->hint, 0, __ATOMIC_RELAXED);
+
+    if (hint) {
+        s->block_index = (uint32_t)((hint - 1) >> HINT_BLOCK_SHIFT);
+        s->cursor = (hint - 1) & ((1ull << HINT_BLOCK_SHIFT) - 1);
+    }
+}
+
+/* After the cursor, then from the start of the same block. */
+static uint64_t claim_in_block(struct stream *s, struct ramblock *block, uint64_t *firstp)
+{
+    uint64_t most = pages_of_piece(s, block, 1);
+    uint64_t n = ramblock_claim_missing(block, s->cursor, block->page_count, most, firstp);
+
+    if (!n && s->cursor)
+        n = ramblock_claim_missing(block, 0, s->cursor < block->page_count ? s->cursor : block->page_count, most, firstp);
+    return n;
+}
+
+static void tell_gaps(struct fault_threads *ft, struct served_block *served)
+{
+    if (served->gaps_told || pieces_of_block(&ft->stream, served->block) ||
+        !__atomic_load_n(&served->block->status->lost_pages, __ATOMIC_RELAXED))
+        return;
+    served->gaps_told = 1;
+    tell_block(ft, served, EVENT_BLOCK_GAPS, 0, 0);
+}
+
+static int claim_for_background(struct fault_threads *ft, struct stream_piece *piece)
+{
+    struct stream *s = &ft->stream;
+
+    take_hint(s);
+    for (uint32_t i = 0; i < STATUS_BLOCKS_MAX; i++) {
+        struct served_block *served = ft->blocks[s->block_index];
+        uint64_t first = 0, n = 0;
+
+        if (served && !served->complete && !__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE))
+            n = claim_in_block(s, served->block, &first);
+        if (n) {
+            s->cursor = first + n;
+            piece->block = served->block;
+            piece->request.page = first;
+            piece->request.n_pages = n;
+            piece->kind = PLACED_STREAM;
+            return ISSUED;
+        }
+        if (served && !served->complete)
+            tell_gaps(ft, served);
+        s->block_index = (s->block_index + 1) % STATUS_BLOCKS_MAX;
+        s->cursor = 0;
+    }
+    return NOTHING_TO_ASK;
+}
+
+/* Under a rate limit: how long the background has to wait before the next piece. */
+static uint64_t background_wait_ns(const struct stream *s, uint64_t now_ns)
+{
+    if (s->mode == STATUS_STREAM_LAZY || s->mode == STATUS_STREAM_PAUSED)
+        return forever_ns;
+    return s->mode == STATUS_STREAM_RATE && s->next_allowed_ns > now_ns ? s->next_allowed_ns - now_ns : 0;
+}
+
+static void charge_background(struct stream *s, const struct stream_piece *piece, uint64_t now_ns)
+{
+    if (s->mode != STATUS_STREAM_RATE)
+        return;
+    uint64_t bytes = piece->request.n_pages * piece->block->page_size;
+    uint64_t from = s->next_allowed_ns > now_ns ? s->next_allowed_ns : now_ns;
+    s->next_allowed_ns = from + (uint64_t)((double)bytes * (double)second_ns / (double)s->rate);
+}
+
+static struct stream_piece *free_piece(struct stream *s)
+{
+    for (uint32_t i = 0; i < STREAM_WINDOW; i++)
+        if (!s->pieces[i].block)
+            return &s->pieces[i];
+    return NULL;
+}
+
+/* ---- pieces ---- */
+
+static void piece_done(struct page_request *request, int result)
+{
+    struct stream_piece *piece = request->owner;
+    struct stream *s = &piece->ft->stream;
+
+    pthread_mutex_lock(&s->lock);
+    piece->result = result;
+    piece->next = s->completed;
+    s->completed = piece;
+    pthread_cond_broadcast(&s->wake);
+    pthread_mutex_unlock(&s->lock);
+}
+
+static void submit_piece(struct fault_threads *ft, struct stream_piece *piece)
+{
+    struct ramblock *block = piece->block;
+    struct page_request *request = &piece->request;
+
+    request->next = NULL;
+    request->offset = request->page * block->page_size;
+    request->length = source_length(block, request->page, request->n_pages);
+    request->is_demand = 0;
+    request->block_index = block->index;
+    request->done = piece_done;
+    trace_point(TRACE_STREAM_REQUEST, block->index, 0, request->page, request->n_pages);
+    page_channel_submit(served_block_of(ft, block)->channel, request);
+}
+
+/* The lost page is somewhere in here: ask again for each half. */
+static void halve_piece(struct fault_threads *ft, const struct stream_piece *piece)
+{
+    struct stream *s = &ft->stream;
+    uint64_t middle = piece->request.page + piece->request.n_pages / 2;
+    struct stream_range *low = new_range(piece->block, piece->request.page, middle);
+    struct stream_range *high = new_range(piece->block, middle, piece->request.page + piece->request.n_pages);
+
+    if (!low || !high) { /* asked for again by the background, some time */
+        free(low);
+        free(high);
+        return;
+    }
+    low->piece_pages_max = high->piece_pages_max = (piece->request.n_pages + 1) / 2;
+    pthread_mutex_lock(&s->lock);
+    push_range(s, high);
+    push_range(s, low);
+    pthread_mutex_unlock(&s->lock);
+}
+
+/* The range requests that covered it ask again when the block is resumed. */
+static void pause_block(struct fault_threads *ft, struct served_block *served, int error, uint64_t page, uint32_t kind)
+{
+    __atomic_store_n(&served->paused, 1, __ATOMIC_RELEASE);
+    tell_block(ft, served, kind, error, page * served->block->page_size);
+}
+
+static void piece_failed(struct fault_threads *ft, struct stream_piece *piece, int error, uint32_t kind)
+{
+    struct served_block *served = served_block_of(ft, piece->block);
+    uint64_t page = piece->request.page, end = page + piece->request.n_pages;
+
+    trace_point(TRACE_SOURCE_ERROR, piece->block->index, 0, page, (uint64_t)error);
+    bitmap_clear_range(piece->block->requested, page, end);
+    if (kind == EVENT_BLOCK_PLACE_ERROR || served->on_source_loss == SOURCE_LOSS_PAUSE) {
+        pause_block(ft, served, error, page, kind);
+    } else if (end - page > 1) {
+        halve_piece(ft, piece);
+    } else {
+        lose_page(ft, served, page);
+        tell_block(ft, served, kind, error, page * piece->block->page_size);
+    }
+}
+
+static void finish_piece(struct fault_threads *ft, struct stream_piece *piece)
+{
+    struct ramblock *block = piece->block;
+    struct page_request *request = &piece->request;
+    uint64_t placed = 0;
+    int rc;
+
+    if (piece->result < 0) {
+        if (piece->result != -ECANCELED)
+            piece_failed(ft, piece, -piece->result, EVENT_BLOCK_SOURCE_ERROR);
+        return;
+    }
+    memset(request->bytes + request->length, 0, request->n_pages * block->page_size - request->length);
+    rc = ramblock_place(block, request->page, request->n_pages, request->bytes, &placed);
+    if (rc >= 0)
+        bitmap_clear_range(block->requested, request->page, request->page + request->n_pages);
+    after_placing(ft, served_block_of(ft, block), request->page, request->n_pages, placed, piece->kind);
+    if (rc < 0)
+        piece_failed(ft, piece, -rc, EVENT_BLOCK_PLACE_ERROR);
+}
+
+static void release_piece(struct stream *s, struct stream_piece *piece)
+{
+    piece->block = NULL;
+    s->in_flight--;
+    pthread_cond_broadcast(&s->wake); /* for whoever drops its block */
+}
+
+/* ---- the thread ---- */
+
+/* Issues one piece, or says how long there is nothing to do. Called and returns with the lock held. */
+static uint64_t issue_piece(struct fault_threads *ft)
+{
+    struct stream *s = &ft->stream;
+    uint32_t window = __atomic_load_n(&ft->demand_in_flight, __ATOMIC_ACQUIRE) ? STREAM_WINDOW_DEMAND : STREAM_WINDOW;
+    struct stream_piece *piece = s->in_flight < window ? free_piece(s) : NULL;
+
+    if (!piece)
+        return forever_ns;
+    if (claim_for_range(ft, piece) == NOTHING_TO_ASK) {
+        uint64_t now_ns = clock_ns(), wait_ns = background_wait_ns(s, now_ns);
+        if (wait_ns)
+            return wait_ns;
+        if (claim_for_background(ft, piece) == NOTHING_TO_ASK)
+            return forever_ns;
+        charge_background(s, piece, now_ns);
+    }
+    s->in_flight++;
+    s->submitting = 1;
+    pthread_mutex_unlock(&s->lock);
+    submit_piece(ft, piece);
+    pthread_mutex_lock(&s->lock);
+    s->submitting = 0;
+    pthread_cond_broadcast(&s->wake);
+    return 0;
+}
+
+static void wait_for_work(struct stream *s, uint64_t wait_ns)
+{
+    struct timespec until;
+
+    if (wait_ns == forever_ns) {
+        pthread_cond_wait(&s->wake, &s->lock);
+        return;
+    }
+    uint64_t at = clock_ns() + wait_ns;
+    until.tv_sec = (time_t)(at / second_ns);
+    until.tv_nsec = (long)(at % second_ns);
+    pthread_cond_timedwait(&s->wake, &s->lock, &until);
+}
+
+static void *stream_run(void *argument)
+{
+    struct fault_threads *ft = argument;
+    struct stream *s = &ft->stream;
+
+    pthread_mutex_lock(&s->lock);
+    while (!s->quit || s->in_flight) {
+        struct stream_piece *piece = s->completed;
+        if (piece) {
+            s->completed = piece->next;
+            pthread_mutex_unlock(&s->lock);
+            finish_piece(ft, piece);
+            pthread_mutex_lock(&s->lock);
+            release_piece(s, piece);
+            continue;
+        }
+        uint64_t wait_ns = s->quit ? forever_ns : issue_piece(ft);
+        if (wait_ns && !s->completed)
+            wait_for_work(s, wait_ns);
+    }
+    pthread_mutex_unlock(&s->lock);
+    return NULL;
+}
+
+int stream_start(struct fault_threads *ft)
+{
+    int rc = start_thread(&ft->stream.thread, "pcshare-stream", stream_run, ft);
+
+    if (rc == 0)
+        ft->stream.running = 1;
+    return rc;
+}
+
+void stream_wait_submitted(struct fault_threads *ft)
+{
+    struct stream *s = &ft->stream;
+
+    pthread_mutex_lock(&s->lock);
+    while (s->submitting)
+        pthread_cond_wait(&s->wake, &s->lock);
+    pthread_mutex_unlock(&s->lock);
+}
+
+void stream_quiesce(struct fault_threads *ft)
+{
+    struct stream *s = &ft->stream;
+
+    pthread_mutex_lock(&s->lock);
+    s->quit = 1;
+    pthread_cond_broadcast(&s->wake);
+    pthread_mutex_unlock(&s->lock);
+    stream_wait_submitted(ft);
+}
+
+void stream_stop(struct fault_threads *ft)
+{
+    struct stream *s = &ft->stream;
+
+    if (!s->running)
+        return;
+    pthread_join(s->thread, NULL);
+    s->running = 0;
+    s->quit = 0;
+}
+
+void stream_resume_block(struct fault_threads *ft, struct ramblock *block)
+{
+    struct stream *s = &ft->stream;
+
+    pthread_mutex_lock(&s->lock);
+    for (struct stream_range *range = s->ranges; range; range = range->next)
+        if (range->block == block)
+            range->issue = range->cursor;
+    served_block_of(ft, block)->gaps_told = 0;
+    pthread_cond_broadcast(&s->wake);
+    pthread_mutex_unlock(&s->lock);
+}

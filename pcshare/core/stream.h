@@ -1,0 +1,93 @@
+/* stream: one thread that brings what nobody waits for in a fault: ranges that helpers asked for, then the rest of every block.
+ *
+ * Asks in large pieces, a few in flight, fewer while somebody waits in a fault; goes on after the page that was last demanded. Ranges are
+ * served in every mode; mode and rate bind the background alone. Where the policy is poison a piece that fails is halved until the lost pages
+ * are known one by one. Never answers a fault.
+ */
+#ifndef PCSHARE_STREAM_H
+#define PCSHARE_STREAM_H
+
+#include <pthread.h>
+#include <stdint.h>
+
+#include "page_channel.h"
+#include "remote_fd.h"
+
+enum {
+    STREAM_PIECE_BYTES = 1 << 20,
+    STREAM_BUFFER_BYTES = 2 << 20, /* a piece, or one page of the largest size */
+    STREAM_WINDOW = 4,        /* pieces in flight */
+    STREAM_WINDOW_DEMAND = 1, /* while somebody waits in a fault */
+    STREAM_RATE_PIECES = 50,  /* under a rate limit a piece is this part of a second's bytes at most */
+};
+
+struct fault_threads;
+
+/* A range that a helper asked for, or pages to be asked for again (remote NULL). */
+struct stream_range {
+    struct stream_range *next;
+    struct ramblock *block;
+    struct remote_fd *remote; /* counted; NULL: nobody is told */
+    uint32_t cookie;
+    int wait;                 /* DONE is owed */
+    uint64_t start, end;      /* pages */
+    uint64_t issue;           /* asked for up to here */
+    uint64_t cursor;          /* received up to here */
+    uint64_t piece_pages_max; /* 0: as large as any; smaller where a lost page is searched */
+};
+
+struct stream_piece {
+    struct page_request request;
+    struct fault_threads *ft;
+    struct stream_piece *next; /* in completed */
+    struct ramblock *block; /* NULL: free */
+    int result;
+    int kind; /* PLACED_DEMAND if somebody waits for a range, else PLACED_STREAM */
+};
+
+struct stream {
+    pthread_t thread;
+    int running;
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    int quit;
+    uint32_t mode; /* STATUS_STREAM_* */
+    uint64_t rate;
+    uint64_t next_allowed_ns;
+    uint64_t hint;         /* written by fault threads: block and page last demanded, plus 1; 0: none */
+    uint32_t block_index;  /* where the background goes on */
+    uint64_t cursor;
+    uint32_t in_flight;
+    int submitting; /* outside the lock, on the way to a channel */
+    struct stream_piece pieces[STREAM_WINDOW];
+    struct stream_piece *completed;
+    struct stream_range *ranges;
+    struct stream_range **ranges_tail;
+};
+
+int stream_init(struct fault_threads *ft);
+int stream_start(struct fault_threads *ft);
+/* Asks for nothing more from here on, also not on its way: channels may be freed, then stream_stop joins. */
+void stream_quiesce(struct fault_threads *ft);
+void stream_stop(struct fault_threads *ft);
+void stream_deinit(struct fault_threads *ft);
+void stream_set(struct fault_threads *ft, uint32_t mode, uint64_t rate);
+/* remote may be NULL. -ENOMEM. */
+int stream_add_range(struct fault_threads *ft, struct ramblock *block, uint64_t start, uint64_t end, struct remote_fd *remote,
+                     uint32_t cookie, int wait);
+/* The background goes on after this page. */
+void stream_follow(struct fault_threads *ft, const struct ramblock *block, uint64_t page);
+/* Pages were placed, by whomever: ranges that are complete now are told. */
+void stream_note_received(struct fault_threads *ft, struct ramblock *block, uint64_t page, uint64_t n);
+/* The source lost the page: ranges that wait for it are told so. */
+void stream_note_lost(struct fault_threads *ft, struct ramblock *block, uint64_t page);
+/* The block's source may be asked again. */
+void stream_resume_block(struct fault_threads *ft, struct ramblock *block);
+void stream_drop_remote(struct fault_threads *ft, const struct remote_fd *remote);
+/* Of a paused block: nothing more is asked for it, also not on its way: its channel may be freed. */
+void stream_wait_submitted(struct fault_threads *ft);
+/* Returns when nothing of the block is in flight or wanted. */
+void stream_drop_block(struct fault_threads *ft, const struct ramblock *block);
+void stream_poke(struct fault_threads *ft);
+
+#endif
