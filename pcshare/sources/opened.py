@@ -1,0 +1,57 @@
+"""A source that is open: what every kind of source gives to whoever makes a block of it.
+
+Knows lengths, extents and filters, and hands out page channels. It reads no page itself and knows no helper.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from typing import Any, Self
+
+from pcshare.errors import SourceError
+from pcshare.sources.filters import wrap_channel
+from pcshare.sources.grammar import SourceSpec
+from pcshare.sources.npy import ArrayDescription
+
+
+class OpenedSource(ABC):
+    """One open source.
+
+    used_length is its exact size in bytes. extents are the byte ranges [start, end) that hold data, sorted and apart;
+    everything between them is holes and reads as zeros. array describes the array of a .npy file. default_writable says
+    what a block of it is unless the user says otherwise.
+    """
+
+    default_writable = False
+
+    def __init__(
+        self, spec: SourceSpec, used_length: int, extents: list[tuple[int, int]], array: ArrayDescription | None = None
+    ) -> None:
+        self.spec = spec
+        self.used_length = used_length
+        self.extents = extents
+        self.array = array
+        self._filters = spec.filters.with_absolute_path()
+
+    def make_channel(self) -> Any:
+        """A new struct page_channel * behind the source's filters; the caller ends it with page_channel_free."""
+        return wrap_channel(self._new_channel(), self._filters)
+
+    @abstractmethod
+    def _new_channel(self) -> Any:
+        """A page channel without filters."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives up what the source holds open. Channels that were made live on; twice is fine."""
+
+    def _check_channel(self, rc: int) -> None:
+        if rc < 0:
+            raise SourceError(f"{self.spec.text}: cannot make a page channel: {os.strerror(-rc)}", errno=-rc)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
