@@ -1,0 +1,148 @@
+"""coordinator: `pcshare coordinator`, in the foreground until SIGINT or SIGTERM.
+
+Runs twice: first as what the user started, which checks the arguments and becomes the keeper by exec; then as the keeper's child, which
+serves. The keeper must be the parent, and must not have inherited anybody's mappings.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pcshare.cli import options
+
+if TYPE_CHECKING:
+    from pcshare.coordinator import Options, Server
+    from pcshare.coordinator.parent import ParentLink
+
+PR_SET_DUMPABLE = 4
+DEBUG_VARIABLE = "PCSHARE_DEBUG"
+
+
+@click.command()
+@click.argument("sources", metavar="[BLOCK=]SOURCE...", nargs=-1, required=True)
+@click.option("--name", required=True, type=options.NAME, help="What helpers attach to.")
+@options.coordinator_options
+@click.option(
+    "--helpers-max",
+    type=click.IntRange(1, 4096),
+    default=1024,
+    show_default=True,
+    metavar="N",
+    help="How many attachments at once.",
+)
+@click.option("--replace", is_flag=True, help="Clear what a dead coordinator of that name left, although helpers of it live.")
+@click.option("--trace", metavar="FILE", help="Write the last 65,536 steps to FILE; read them with `pcshare status --trace FILE`.")
+@click.option("--debug", is_flag=True, help="Stay dumpable, for debuggers and psutil of the same user, and log more.")
+@click.option("--parent-fd", type=int, hidden=True)
+@options.json_option
+def command(**given: Any) -> int:
+    """Serve blocks until told to stop.
+
+    Each SOURCE becomes a RAM block that helper processes attach to and use at once: pages they touch come first, a stream brings the
+    rest. The command stays in the foreground; SIGINT, SIGTERM or `pcshare stop` end it.
+
+    \\b
+    Examples:
+      pcshare coordinator --name weights weights=/data/weights.npy
+      pcshare coordinator --name job --stream lazy index=big.idx scratch=zero:1G
+      pcshare coordinator --name demo 'slow=big.bin#delay=2ms&rate=200M'
+
+    With --json one JSON object is printed when the coordinator is ready.
+    """
+    from pcshare import keeper
+
+    parent = given.pop("parent_fd")
+    as_json, debug = given.pop("as_json"), given.pop("debug")
+    chosen = _options(given)
+    socket_fd = keeper.inherited_socket()
+    if socket_fd is None:
+        _become_keeper(parent, debug)
+        raise AssertionError("exec returned")
+    _protect(debug)
+    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="pcshare: %(message)s")
+    with socket_fd:
+        return _serve(chosen, keeper.Keeper(socket_fd), _link(parent, chosen), as_json)
+
+
+def _options(given: dict[str, Any]) -> Options:
+    from pcshare.coordinator import Options
+    from pcshare.sources import parse_arguments
+
+    mode, rate = given["stream"]
+    more = {} if given["orphan_timeout"] is None else {"orphan_timeout_s": given["orphan_timeout"]}
+    return Options(
+        name=given["name"],
+        sources=parse_arguments(given["sources"]),
+        stream_mode=mode,
+        stream_rate=rate,
+        page_size=given["page_size"],
+        writable=frozenset(given["writable"]),
+        poison=given["on_source_loss"] == "poison",
+        allow_uids=frozenset(given["allow_uid"]),
+        allow_gids=frozenset(given["allow_gid"]),
+        fault_threads=given["fault_threads"],
+        helpers_max=given["helpers_max"],
+        notifier_timeout_s=given["notifier_timeout"],
+        replace=given["replace"],
+        trace=given["trace"],
+        **more,
+    )
+
+
+def _become_keeper(parent: int | None, debug: bool) -> None:
+    """Becomes the keeper, which runs this same command line as its child."""
+    from pcshare import keeper
+
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"
+    if parent is not None:
+        os.set_inheritable(parent, True)
+    keeper.exec_under_keeper([sys.executable, "-P", "-m", "pcshare", *sys.argv[1:]])
+
+
+def _protect(debug: bool) -> None:
+    """Others of the same user must not reach into our memory and fds."""
+    if not debug and not os.environ.get(DEBUG_VARIABLE):
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def _link(parent: int | None, chosen: Options) -> ParentLink | None:
+    from pcshare.coordinator.parent import ParentLink
+
+    return None if parent is None else ParentLink(parent, chosen.notifier_timeout_s)
+
+
+def _serve(chosen: Options, keeper: Any, parent: ParentLink | None, as_json: bool) -> int:
+    from pcshare.coordinator import Server
+
+    server = Server(chosen, keeper, parent)
+    try:
+        server.start()
+        _say_ready(server, as_json)
+        server.run()
+    except Exception as error:
+        if parent is not None:
+            parent.tell_failure(error)
+        raise
+    finally:
+        server.close()
+    return 0
+
+
+def _say_ready(server: Server, as_json: bool) -> None:
+    blocks = [
+        {"idstr": block.idstr, "used_length": block.ram.used_length, "writable": block.ram.writable}
+        for block in server.blocks
+    ]
+    if as_json:
+        options.print_json({"event": "ready", "name": server.options.name, "pid": os.getpid(), "blocks": blocks})
+    elif sys.stderr.isatty():
+        names = ", ".join(str(block["idstr"]) for block in blocks)
+        click.echo(f"pcshare: coordinator {server.options.name!r} serves {names}; Ctrl-C ends it", err=True)
+

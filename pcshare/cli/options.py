@@ -1,0 +1,150 @@
+"""options: what several subcommands say in the same words: options, how their values are read, and how JSON is printed.
+
+It must not act on anything, and imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from pcshare import errors, runtime, units
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Any]
+else:  # generic for type checkers only, and in older versions of click not even there
+    _ParamType = click.ParamType
+
+# As STATUS_STREAM_* in core/status_segment.h, without loading the core; a test compares them.
+STREAM_MODES = {"eager": 0, "lazy": 1, "rate": 2, "paused": 3}
+
+PAGE_SIZES = (4 << 10, 2 << 20)
+
+
+class _Parsed(_ParamType):
+    """An option's value read by a function; what the function refuses is wrong usage."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except errors.UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+def parse_stream(text: str) -> tuple[int, int]:
+    """What --stream says (eager, lazy, paused, or a rate such as 200M): STATUS_STREAM_*, and bytes a second or 0."""
+    if text in ("eager", "lazy", "paused"):
+        return STREAM_MODES[text], 0
+    try:
+        rate = units.parse_rate(text)
+    except errors.UsageError:
+        raise errors.UsageError(
+            f"not a way to stream: {text!r}", hint="use eager, lazy, paused, or a rate in bytes a second such as 200M"
+        ) from None
+    return STREAM_MODES["rate"], rate
+
+
+def parse_page_size(text: str) -> int:
+    size = units.parse_size(text)
+    if size not in PAGE_SIZES:
+        raise errors.UsageError(f"page size {text!r} is not offered", hint="use 4K, or 2M for huge pages")
+    return size
+
+
+STREAM = _Parsed("stream", parse_stream)
+RATE = _Parsed("rate", units.parse_rate)
+PAGE_SIZE = _Parsed("size", parse_page_size)
+DURATION = _Parsed("duration", units.parse_duration)
+NAME = _Parsed("name", runtime.check_name)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, the last line of stdout.")
+socket_option = click.option(
+    "--socket", "socket_path", metavar="PATH", help="Control socket of a coordinator that runs for another user."
+)
+
+_SERVING = (
+    click.option(
+        "--stream",
+        type=STREAM,
+        default="eager",
+        show_default=True,
+        metavar="eager|lazy|paused|RATE",
+        help="How pages nobody asked for come: at once, never, not before `pcshare stream` says so, or so fast.",
+    ),
+    click.option(
+        "--page-size",
+        type=PAGE_SIZE,
+        default="4K",
+        show_default=True,
+        metavar="4K|2M",
+        help="Pages of the blocks; 2M: huge pages.",
+    ),
+    click.option("--writable", multiple=True, metavar="BLOCK", help="Let helpers write this block. Can be repeated."),
+    click.option(
+        "--on-source-loss",
+        type=click.Choice(["pause", "poison"]),
+        default="pause",
+        show_default=True,
+        help="A page whose source failed for good: its readers wait and the block is paused, or a touch is SIGBUS.",
+    ),
+    click.option("--allow-uid", multiple=True, type=int, metavar="UID", help="Who else may attach. Can be repeated."),
+    click.option(
+        "--allow-gid", multiple=True, type=int, metavar="GID", help="Groups that may attach. Can be repeated."
+    ),
+    click.option(
+        "--fault-threads",
+        type=click.IntRange(min=1),
+        default=None,
+        metavar="N",
+        help="How many fault threads; several are pinned to a CPU each.",
+    ),
+    click.option(
+        "--orphan-timeout",
+        type=DURATION,
+        default=None,
+        metavar="TIME",
+        help="How long helpers wait for a coordinator that went away; 0: for ever.",
+    ),
+    click.option(
+        "--notifier-timeout",
+        type=DURATION,
+        default="10s",
+        show_default=True,
+        metavar="TIME",
+        help="How long an answer to PROBE is waited for.",
+    ),
+)
+
+
+def coordinator_options(function: Decorated) -> Decorated:
+    """The options of whoever starts a coordinator: stream, page_size, writable, on_source_loss, allow_uid, allow_gid,
+    fault_threads, orphan_timeout (s), notifier_timeout (s)."""
+    for option in reversed(_SERVING):
+        function = option(function)
+    return function
+
+
+def print_json(told: Mapping[str, Any]) -> None:
+    """One object on one line."""
+    click.echo(json.dumps(told))
+
+
+def operator_socket(name: str, socket_path: str | None) -> str:
+    """Where orders for that coordinator go: the named socket, else the one found for the name."""
+    if socket_path is not None:
+        return socket_path
+    found = runtime.find_socket(name)
+    if found is None:
+        raise errors.NoSuchCoordinator(f"no coordinator {name!r} is running", hint=errors.NoSuchCoordinator.usual_hint)
+    return str(found)

@@ -1,0 +1,267 @@
+"""blocks: the life of the blocks that a coordinator owns, from their sources to END.
+
+States, reasons and what is said about them; placing and asking are the core's. A state changes here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+from pcshare.coordinator.options import Options
+from pcshare.errors import NoSuchBlock, UsageError
+from pcshare.fault_thread import EventKind, FaultEvent, FaultThreads
+from pcshare.keeper import Keeper
+from pcshare.notifier import Change, NotifierChain
+from pcshare.ramblock import RAMBlock, rounded_up
+from pcshare.sources import OpenedSource, open_source
+from pcshare.state import State, StateCell
+from pcshare.status import SegmentWriter
+from pcshare.units import format_bytes
+
+log = logging.getLogger("pcshare")
+
+CGROUP_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+class Block:
+    """A RAM block with its source and its state."""
+
+    def __init__(self, source: OpenedSource, ram: RAMBlock) -> None:
+        self.source = source
+        self.ram = ram
+        self.cell = StateCell()
+
+    @property
+    def idstr(self) -> str:
+        return self.ram.idstr
+
+    @property
+    def index(self) -> int:
+        return self.ram.index
+
+    @property
+    def state(self) -> State:
+        return self.cell.value
+
+
+class Blocks:
+    """All blocks of a coordinator. on_state hears (idstr, state, reason) of each change."""
+
+    def __init__(
+        self,
+        options: Options,
+        segment: SegmentWriter,
+        notifiers: NotifierChain,
+        on_state: Callable[[str, State, str], None],
+    ) -> None:
+        self._options = options
+        self._segment = segment
+        self._notifiers = notifiers
+        self._on_state = on_state
+        self._by_index: dict[int, Block] = {}
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(tuple(self._by_index.values()))
+
+    def by_index(self, index: int) -> Block:
+        return self._by_index[index]
+
+    def find(self, idstr: str) -> Block:
+        """The block of that name; with an empty name the only one. NoSuchBlock names those there are."""
+        names = sorted(block.idstr for block in self)
+        for block in self:
+            if block.idstr == idstr or (not idstr and len(names) == 1):
+                return block
+        what = f"no block {idstr!r} here" if idstr else "there are several blocks: name one"
+        raise NoSuchBlock(f"{what} (there are: {', '.join(names)})", errno=errno.ENODEV)
+
+    # -- making
+
+    def open_sources(self) -> list[OpenedSource]:
+        """Opens every source, or none."""
+        opened: list[OpenedSource] = []
+        try:
+            for spec in self._options.sources:
+                opened.append(open_source(spec))
+            self._check_writable(opened)
+        except BaseException:
+            for source in opened:
+                source.close()
+            raise
+        warn_if_larger_than_memory(opened)
+        return opened
+
+    def _check_writable(self, opened: list[OpenedSource]) -> None:
+        unknown = self._options.writable - {source.spec.block for source in opened}
+        if unknown:
+            raise UsageError(
+                f"--writable {', '.join(sorted(unknown))}: no such block",
+                hint=f"the blocks are {', '.join(source.spec.block for source in opened)}",
+            )
+
+    def add(self, source: OpenedSource, keeper: Keeper, fault_threads: FaultThreads) -> None:
+        """Makes a block, discards what it may hold, listens on it and lets it run."""
+        index = len(self._by_index)
+        page_size = self._options.page_size
+        map_length = rounded_up(source.used_length, page_size)
+        pages = [(start // page_size, -(-end // page_size)) for start, end in source.extents]
+        region = self._segment.add_bitmap(map_length // page_size, pages)
+        status = self._segment.block_slot(index)
+        status.bitmap_offset = region.offset
+        ram = RAMBlock(
+            keeper,
+            source.spec.block,
+            used_length=source.used_length,
+            page_size=page_size,
+            writable=source.default_writable or source.spec.block in self._options.writable,
+            extents=source.extents,
+            index=index,
+            status=status,
+            received=region.address,
+        )
+        block = Block(source, ram)
+        self._by_index[index] = block
+        try:
+            self._change(block, State.ADVISE)
+            self._notifiers.notify(Change.INBOUND_ADVISE, block.idstr)
+            self._discard_all(block)
+            channel = source.make_channel()
+        except BaseException:
+            ram.free()
+            del self._by_index[index]
+            raise
+        self._change(block, State.LISTENING)
+        fault_threads.add_block(ram, channel, poison=self._options.poison)
+        self._notifiers.notify(Change.INBOUND_LISTEN, block.idstr)
+        self._change(block, State.RUNNING)
+
+    def _discard_all(self, block: Block) -> None:
+        """Nothing of old content may survive: a new memfd holds nothing, and a sealed one could not be discarded any more."""
+        self._change(block, State.DISCARD)
+        if block.ram.is_empty():
+            return
+        block.ram.discard([(0, block.ram.map_length // block.ram.page_size)])
+
+    # -- changes
+
+    def _change(self, block: Block, state: State, reason: str = "") -> None:
+        if block.cell.exchange(state) is state and not reason:
+            return
+        self._segment.set_text(reason, block.index)
+        self._segment.set_state(state, block.index)
+        self._on_state(block.idstr, state, reason)
+
+    def handle(self, event: FaultEvent) -> bool:
+        """Reacts to an event of a block. True: the block is complete now."""
+        block = self._by_index[event.block_index]
+        if event.kind is EventKind.BLOCK_COMPLETE:
+            self._change(block, State.END)
+            return True
+        if event.kind is EventKind.BLOCK_FOREIGN:
+            self._report_foreign(block, event.offset)
+        elif event.kind is EventKind.BLOCK_PLACE_ERROR:
+            self._pause(block, _placing_failed(block, event))
+        elif event.kind is EventKind.BLOCK_GAPS:
+            self._pause(block, self._lost(block))
+        elif self._options.poison:
+            self._note(block, f"{_reading_failed(block, event)}; touching what it lost is SIGBUS")
+        else:
+            self._pause(block, _reading_failed(block, event))
+        return False
+
+    def _pause(self, block: Block, reason: str) -> None:
+        if block.state is State.END:
+            return
+        reason = f"{reason}; mend it, then: pcshare resume {self._options.name}"
+        if block.state is not State.PAUSED:
+            log.warning("block %s is paused: %s", block.idstr, reason)
+        self._change(block, State.PAUSED, reason)
+
+    def _note(self, block: Block, reason: str) -> None:
+        log.warning("block %s: %s", block.idstr, reason)
+        self._change(block, block.state, reason)
+
+    def _lost(self, block: Block) -> str:
+        lost = self._segment.block_slot(block.index).lost_pages
+        return f"all that {block.source.spec.text} still has is here, it lost {lost} pages; touching them is SIGBUS"
+
+    def _report_foreign(self, block: Block, offset: int) -> None:
+        count = self._segment.block_slot(block.index).foreign_pages
+        what = "left as it is, since it may be a write" if block.ram.writable else "replaced by the source's bytes"
+        log.error(
+            "block %s: %d foreign pages so far, one at offset %d: some process mapped or filled the block's memory without "
+            "registering it, and whoever read there before now read its bytes; %s",
+            block.idstr,
+            count,
+            offset,
+            what,
+        )
+
+    def resume(self, fault_threads: FaultThreads) -> None:
+        """Asks failed sources again."""
+        for block in self:
+            if block.state is State.END:
+                continue
+            self._segment.set_text("", block.index)
+            if block.state is State.PAUSED:
+                self._change(block, State.RUNNING)
+            fault_threads.resume_block(block.index)
+
+    def all_ended(self) -> bool:
+        return all(block.state is State.END for block in self)
+
+    def close(self) -> None:
+        """What Python holds of them; their memory goes with the fault threads."""
+        for block in self:
+            block.ram.close()
+            block.source.close()
+
+
+def _reading_failed(block: Block, event: FaultEvent) -> str:
+    text = block.source.spec.text
+    if event.error == errno.ENODATA:
+        return f"{text} is shorter than it was: nothing at offset {event.offset}"
+    return f"reading {text} at offset {event.offset}: {os.strerror(event.error)}"
+
+
+def _placing_failed(block: Block, event: FaultEvent) -> str:
+    if event.error == errno.ENOMEM:
+        return "no memory is left for the next page"
+    if event.error in (errno.ESRCH, errno.EPIPE):
+        return "the keeper is gone, and with it the way to place pages"
+    return f"placing a page at offset {event.offset}: {os.strerror(event.error)}"
+
+
+def memory_at_hand() -> int:
+    """Bytes: what is available here, or what the control group leaves, if that is less."""
+    available = int(psutil.virtual_memory().available)
+    for name in CGROUP_LIMIT_FILES:
+        try:
+            text = Path(name).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            available = min(available, int(text))
+    return available
+
+
+def warn_if_larger_than_memory(opened: list[OpenedSource]) -> None:
+    """Before anything is made: pages that do not fit will pause their block."""
+    needed = sum(end - start for source in opened for start, end in source.extents)
+    available = memory_at_hand()
+    if needed > available:
+        log.warning(
+            "the sources hold %s and %s of memory are at hand: what does not fit will not arrive; stream lazily "
+            "(--stream lazy) to bring only what is touched",
+            format_bytes(needed),
+            format_bytes(available),
+        )
+
+
+

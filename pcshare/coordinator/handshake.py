@@ -1,0 +1,182 @@
+"""handshake: one connection from its first message until it is attached, has given its order, or is refused.
+
+HELLO, WELCOME, ATTACH, ACK; or ADMIN and its answer. Every refusal says why before it hangs up, and disturbs nobody else.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from pcshare import protocol
+from pcshare.coordinator.blocks import Block, Blocks
+from pcshare.coordinator.helpers import Helpers
+from pcshare.coordinator.options import Options
+from pcshare.core import lib
+from pcshare.errors import AccessRefused, NotWritable, PcshareError, RemoteProtocolError, VersionMismatch
+from pcshare.fds import OwnedFd
+from pcshare.protocol import Admin, Attach, Hello, Message, Mode, Welcome
+from pcshare.state import State
+from pcshare.transport import Connection
+
+HANDSHAKE_TIMEOUT_S = 10.0  # from accept to ATTACH: a helper maps and registers in between, which takes milliseconds
+
+
+class Operator(Protocol):
+    """Who carries out orders."""
+
+    def __call__(self, order: Admin) -> None: ...
+
+
+class Handshake:
+    """One connection. step() takes what has come and says whether the connection goes on."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        options: Options,
+        blocks: Blocks,
+        helpers: Helpers,
+        features: int,
+        device: OwnedFd | None,
+        status_fd: int,
+        operator: Callable[[Admin], None],
+    ) -> None:
+        self.connection = connection
+        self.deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
+        self._options = options
+        self._blocks = blocks
+        self._helpers = helpers
+        self._features = features
+        self._device = device
+        self._status_fd = status_fd
+        self._operator = operator
+        self._block: Block | None = None  # the one HELLO named
+        self.attached = False  # the connection is the helper's now
+
+    def step(self) -> bool:
+        """True: there is more to come. False: attached, or over (then the connection is closed)."""
+        fds: list[OwnedFd] = []
+        try:
+            data, fds = self.connection.receive_now()
+            if not data and not fds:
+                return self._end()
+            return self._handle(protocol.parse(data, len(fds)), fds)
+        except BlockingIOError:
+            return True
+        except PcshareError as error:
+            return self._refuse(error)
+        except OSError:
+            return self._end()
+        finally:
+            for fd in fds:
+                fd.close()
+
+    def time_out(self) -> None:
+        self._refuse(PcshareError(f"nothing came for {HANDSHAKE_TIMEOUT_S:g} s", errno=errno.ETIMEDOUT))
+
+    def _end(self) -> bool:
+        self.connection.close()
+        return False
+
+    def _refuse(self, error: PcshareError) -> bool:
+        text = f"{error.message} ({error.hint})" if error.hint else error.message
+        try:
+            self.connection.send(protocol.pack_error(error.errno or errno.EPROTO, text))
+        except OSError:
+            pass  # it is gone, or does not read: it is hung up on all the same
+        return self._end()
+
+    # -- messages
+
+    def _handle(self, message: Message, fds: list[OwnedFd]) -> bool:
+        self._check_peer()
+        if isinstance(message, Hello) and self._block is None:
+            return self._welcome(message)
+        if isinstance(message, Attach) and self._block is not None:
+            return self._attach(self._block, message, fds[0])
+        if isinstance(message, Admin) and self._block is None:
+            return self._order(message)
+        raise RemoteProtocolError(f"{type(message).__name__} out of turn", errno=errno.EPROTO)
+
+    def _check_peer(self) -> None:
+        peer = self.connection.credentials()
+        if peer.uid in (os.geteuid(), 0) or peer.uid in self._options.allow_uids or peer.gid in self._options.allow_gids:
+            return
+        raise AccessRefused(
+            f"user {peer.uid} (group {peer.gid}) may not attach to coordinator {self._options.name}",
+            errno=errno.EACCES,
+            hint=f"start it with --allow-uid {peer.uid} or --allow-gid {peer.gid}",
+        )
+
+    def _welcome(self, hello: Hello) -> bool:
+        if not hello.version_min <= protocol.VERSION <= hello.version_max:
+            raise VersionMismatch(
+                f"the helper speaks versions {hello.version_min} to {hello.version_max}, this coordinator "
+                f"{protocol.VERSION}",
+                errno=errno.EPROTONOSUPPORT,
+                hint=VersionMismatch.usual_hint,
+            )
+        block = self._blocks.find(hello.idstr)
+        mode = _grant(block, hello.mode)
+        complete = block.state is State.END
+        if not complete:
+            self._helpers.check_room()
+        fds = [block.ram.helper_memfd(writing=mode is Mode.RW), self._status_fd]
+        if self._device is not None and not complete:
+            fds.append(self._device.fileno())
+        self.connection.send(protocol.pack_welcome(self._describe(block, mode, len(fds) == 3)), fds)
+        self._block = block
+        return True
+
+    def _describe(self, block: Block, mode: Mode, with_device: bool) -> Welcome:
+        ram, array = block.ram, block.source.array
+        flags = lib.WIRE_WELCOME_COMPLETE if block.state is State.END else 0
+        flags |= lib.WIRE_WELCOME_WRITABLE if ram.writable else 0
+        flags |= lib.WIRE_WELCOME_DEVICE if with_device else 0
+        if array is not None:
+            flags |= lib.WIRE_WELCOME_ARRAY | (lib.WIRE_WELCOME_FORTRAN if array.fortran else 0)
+        return Welcome(
+            flags,
+            mode,
+            ram.index,
+            ram.used_length,
+            ram.page_size,
+            ram.map_length,
+            self._features,
+            round(self._options.orphan_timeout_s * 1000),
+            ram.idstr,
+            array.dtype if array else "",
+            array.shape if array else (),
+            array.data_offset if array else 0,
+        )
+
+    def _attach(self, block: Block, message: Attach, uffd_fd: OwnedFd) -> bool:
+        if block.state is State.END:
+            self.connection.send(protocol.pack_ack(0, lib.WIRE_WELCOME_COMPLETE))
+            return self._end()
+        helper = self._helpers.attach(block, self.connection, uffd_fd, message.maps)
+        self.attached = True
+        self._helpers.tell(helper, protocol.pack_ack(helper.slot))
+        return False
+
+    def _order(self, order: Admin) -> bool:
+        if self.connection.credentials().uid not in (os.geteuid(), 0):
+            raise AccessRefused("only the user who started a coordinator may give it orders", errno=errno.EACCES)
+        self._operator(order)
+        self.connection.send(protocol.pack_error(0, ""))
+        return self._end()
+
+
+def _grant(block: Block, wanted: Mode) -> Mode:
+    """The mode a helper gets; a read-only block cannot be attached for writing."""
+    if wanted is Mode.DEFAULT:
+        return Mode.RW if block.ram.writable else Mode.RO
+    if wanted is Mode.RW and not block.ram.writable:
+        raise NotWritable(
+            f"block {block.idstr} is read-only", errno=errno.EROFS, hint=NotWritable.usual_hint.replace("BLOCK", block.idstr)
+        )
+    return wanted

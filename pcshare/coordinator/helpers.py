@@ -1,0 +1,223 @@
+"""helpers: who is attached, from the hand-over to the end of its process.
+
+A helper is told things and let go; its faults are the core's. Its uffd is kept until it has left or its address space is gone, also when
+it is cut off or has closed its socket: were ours the last copy to close, the kernel would answer its faults with zero pages.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+from pcshare import protocol
+from pcshare.coordinator.blocks import Block
+from pcshare.errors import LimitReached, PcshareError, RemoteProtocolError
+from pcshare.fault_thread import EventKind, FaultEvent, FaultThreads
+from pcshare.fds import OwnedFd
+from pcshare.protocol import Map
+from pcshare.status import SegmentWriter
+from pcshare.transport import Connection, PeerCredentials
+from pcshare.uffd import Uffd
+
+log = logging.getLogger("pcshare")
+
+CLIENT_ADDR_MAX = 1 << 56  # more than any address space of today
+
+
+class SlotState(IntEnum):
+    """As STATUS_HELPER_* of the status segment."""
+
+    FREE = 0
+    ATTACHED = 1
+    DISABLED = 2
+    ORPHANED = 3
+
+
+@dataclass
+class Helper:
+    """One attachment."""
+
+    remote_id: int
+    slot: int
+    block: Block
+    connection: Connection
+    credentials: PeerCredentials
+    identity: int  # of its uffd; 0: unknown
+    state: SlotState = SlotState.ATTACHED
+
+
+class Helpers:
+    """All attachments of a coordinator."""
+
+    def __init__(self, segment: SegmentWriter, fault_threads: FaultThreads, features: int, helpers_max: int) -> None:
+        self._segment = segment
+        self._fault_threads = fault_threads
+        self._features = features
+        self._helpers_max = helpers_max
+        self._by_id: dict[int, Helper] = {}
+        self._identities: set[int] = set()
+        self._free_slots = list(range(helpers_max))
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Helper]:
+        return iter(tuple(self._by_id.values()))
+
+    def check_room(self) -> None:
+        """LimitReached where one more would be too many."""
+        if not self._free_slots:
+            raise LimitReached(
+                f"{self._helpers_max} helpers are attached, more are not allowed", errno=errno.EUSERS,
+                hint="end one, or start the coordinator with a larger --helpers-max",
+            )
+
+    # -- attaching
+
+    def attach(self, block: Block, connection: Connection, uffd_fd: OwnedFd, maps: tuple[Map, ...]) -> Helper:
+        """Takes over a helper's uffd. What is wrong with it or its maps is a RemoteProtocolError."""
+        self.check_room()
+        check_maps(block, maps)
+        with Uffd(uffd_fd.detach()) as uffd:
+            return self._register(block, connection, uffd, self._inspect(uffd), maps)
+
+    def _register(
+        self, block: Block, connection: Connection, uffd: Uffd, identity: int, maps: tuple[Map, ...]
+    ) -> Helper:
+        credentials = connection.credentials()
+        slot = heapq.heappop(self._free_slots)
+        try:
+            status = self._segment.helper_slot(slot)
+            status.block_index, status.pid, status.uid = block.index, credentials.pid, credentials.uid
+            remote_id = self._fault_threads.add_remote(
+                block.ram, uffd, connection.dup(), [(m.client_addr, m.offset, m.length) for m in maps], status
+            )
+        except BaseException:
+            self._release(slot)
+            raise
+        status.state = SlotState.ATTACHED
+        self._segment.header.helpers_joined += 1
+        helper = Helper(remote_id, slot, block, connection, credentials, identity)
+        self._by_id[remote_id] = helper
+        if identity:
+            self._identities.add(identity)
+        return helper
+
+    def _inspect(self, uffd: Uffd) -> int:
+        try:
+            identity = uffd.inspect(self._features)
+        except PcshareError as error:
+            raise RemoteProtocolError(f"ATTACH: {error.message}", errno=error.errno, hint=error.hint) from None
+        if identity and identity in self._identities:
+            raise RemoteProtocolError("ATTACH: this userfaultfd is registered already", errno=errno.EEXIST)
+        return identity
+
+    # -- what the core tells
+
+    def handle(self, event: FaultEvent) -> None:
+        helper = self._by_id.get(event.remote_id)
+        if helper is None:
+            return
+        if event.kind is EventKind.REMOTE_LEFT:
+            self.remove(helper)
+        elif event.kind is EventKind.REMOTE_HUNG_UP:
+            if self._fault_threads.is_gone(helper.remote_id):
+                self.remove(helper)
+            else:
+                self._set_state(helper, SlotState.ORPHANED)
+        else:
+            self._cut_off(helper, event)
+
+    def _cut_off(self, helper: Helper, event: FaultEvent) -> None:
+        where = f" at {event.offset:#x}" if event.offset else ""
+        text = f"{_OFFENCES.get(event.error, os.strerror(event.error))}{where}"
+        log.warning("helper %d on block %s is cut off: %s", helper.credentials.pid, helper.block.idstr, text)
+        self.tell(helper, protocol.pack_error(event.error, f"cut off: {text}"))
+        helper.connection.shutdown()
+        self._set_state(helper, SlotState.DISABLED)
+        if self._fault_threads.is_gone(helper.remote_id):
+            self.remove(helper)
+
+    def _set_state(self, helper: Helper, state: SlotState) -> None:
+        helper.state = state
+        self._segment.helper_slot(helper.slot).state = state
+
+    # -- leaving
+
+    def reap(self) -> None:
+        """Removes those without a socket whose address space has ended meanwhile (exit, exec)."""
+        for helper in self:
+            if helper.state is not SlotState.ATTACHED and self._fault_threads.is_gone(helper.remote_id):
+                self.remove(helper)
+
+    def has_unreaped(self) -> bool:
+        return any(helper.state is not SlotState.ATTACHED for helper in self._by_id.values())
+
+    def remove(self, helper: Helper) -> None:
+        self._fault_threads.remove_remote(helper.remote_id)
+        helper.connection.close()
+        self._identities.discard(helper.identity)
+        del self._by_id[helper.remote_id]
+        self._release(helper.slot)
+        self._segment.header.helpers_left += 1
+
+    def _release(self, slot: int) -> None:
+        self._segment.clear_helper(slot)
+        heapq.heappush(self._free_slots, slot)
+
+    # -- telling
+
+    def tell(self, helper: Helper, message: bytes) -> None:
+        """A helper that does not read, or is gone, is not waited for: it finds out when its socket closes."""
+        try:
+            helper.connection.send(message)
+        except OSError as error:
+            log.debug("helper %d was not told: %s", helper.credentials.pid, error)
+
+    def tell_end(self, block: Block) -> None:
+        for helper in self:
+            if helper.block is block:
+                self.tell(helper, protocol.pack_end())
+
+    def close(self) -> None:
+        """Says BYE to whoever is still attached, and lets go. Each keeps a copy of its uffd, and its sentinel answers from then on."""
+        for helper in self:
+            self.tell(helper, protocol.pack_bye())
+        for helper in self:
+            self.remove(helper)
+
+
+_OFFENCES = {
+    errno.EFAULT: "it faulted outside the addresses it handed over",
+    errno.EBADMSG: "its userfaultfd sent an event that it must not ask for",
+    errno.EBADFD: "it made its userfaultfd blocking",
+    errno.ENOBUFS: "it does not read the answers to its requests",
+    errno.EPROTO: "it sent what is no message of an attached helper",
+    errno.ERANGE: "it asked for a range outside the block",
+    errno.EUSERS: "it asked for more ranges at once than a helper may",
+}
+
+
+def check_maps(block: Block, maps: tuple[Map, ...]) -> None:
+    """Maps of whole pages, inside the block and the address space, that do not overlap in the helper."""
+    page_size = block.ram.page_size
+    for one in maps:
+        if one.length == 0 or (one.client_addr | one.offset | one.length) % page_size:
+            raise RemoteProtocolError(
+                f"ATTACH: a map of {one.length} bytes at offset {one.offset} is not in whole pages of {page_size}",
+                errno=errno.EINVAL,
+            )
+        if one.offset + one.length > block.ram.map_length or one.client_addr + one.length > CLIENT_ADDR_MAX:
+            raise RemoteProtocolError(
+                f"ATTACH: a map of {one.length} bytes at offset {one.offset} lies outside block {block.idstr}",
+                errno=errno.ERANGE,
+            )
+    by_addr = sorted(maps, key=lambda one: one.client_addr)
+    for low, high in zip(by_addr, by_addr[1:], strict=False):
+        if low.client_addr + low.length > high.client_addr:
+            raise RemoteProtocolError("ATTACH: maps overlap in the helper", errno=errno.EINVAL)

@@ -1,0 +1,40 @@
+"""options: what a coordinator was asked to do. Values only; the command line and the launcher's creator make them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pcshare.sources import SourceSpec
+
+ORPHAN_TIMEOUT_S = 30.0  # long enough to start a coordinator again, short enough that nobody thinks of a hang
+HELPERS_MAX = 1024  # an fd or two each; the status segment has room for four times as many
+STREAM_EAGER, STREAM_LAZY, STREAM_RATE, STREAM_PAUSED = range(4)  # STATUS_STREAM_* of core/status_segment.h
+
+
+@dataclass(frozen=True)
+class Options:
+    """Sizes in bytes, rates in bytes a second, times in seconds.
+
+    stream_mode is one of the STREAM_* above; fault_threads None: one for each of the first few
+    CPUs; orphan_timeout_s 0: helpers wait for ever."""
+
+    name: str
+    sources: tuple[SourceSpec, ...]
+    stream_mode: int = STREAM_EAGER
+    stream_rate: int = 0
+    page_size: int = 4096
+    writable: frozenset[str] = frozenset()
+    poison: bool = False
+    allow_uids: frozenset[int] = frozenset()
+    allow_gids: frozenset[int] = frozenset()
+    fault_threads: int | None = None
+    helpers_max: int = HELPERS_MAX
+    orphan_timeout_s: float = ORPHAN_TIMEOUT_S
+    notifier_timeout_s: float = 10.0
+    replace: bool = False
+    trace: str | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether others than this user may attach."""
+        return bool(self.allow_uids or self.allow_gids)

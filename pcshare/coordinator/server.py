@@ -1,0 +1,372 @@
+"""server: the coordinator's one loop: connections, events of the core, signals, the parent, and an orderly end.
+
+Starts things in the order in which they depend on each other and ends them in the reverse; decides nothing about a fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import resource
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+from pcshare import fds, probe, runtime, status
+from pcshare.coordinator.blocks import Blocks
+from pcshare.coordinator.handshake import Handshake
+from pcshare.coordinator.helpers import Helpers
+from pcshare.coordinator.options import STREAM_EAGER, STREAM_LAZY, STREAM_PAUSED, STREAM_RATE, Options
+from pcshare.coordinator.parent import ParentLink
+from pcshare.errors import LimitReached, PcshareError, UsageError
+from pcshare.fault_thread import EventKind, FaultThreads, default_cpus
+from pcshare.keeper import Keeper
+from pcshare.notifier import Change, NotifierChain
+from pcshare.protocol import Admin, AdminOp
+from pcshare.sources import OpenedSource
+from pcshare.state import State
+from pcshare.trace import TraceFile
+from pcshare.transport import Connection, Listener
+
+log = logging.getLogger("pcshare")
+
+REAP_INTERVAL_S = 0.25  # how soon after its death a helper without a socket is let go
+HANDSHAKES_MAX = 256  # connections that have not attached yet; more wait in the backlog
+SOCKET_MODE, SHARED_SOCKET_MODE = 0o600, 0o666  # shared: SO_PEERCRED decides
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_BLOCK_EVENTS = (
+    EventKind.BLOCK_COMPLETE,
+    EventKind.BLOCK_SOURCE_ERROR,
+    EventKind.BLOCK_PLACE_ERROR,
+    EventKind.BLOCK_FOREIGN,
+    EventKind.BLOCK_GAPS,
+)
+
+
+class Server:
+    """A coordinator in this process. start(), run() until stopped, close(); close() may be called at any time, twice, and after a
+    failure half-way."""
+
+    def __init__(self, options: Options, keeper: Keeper, parent: ParentLink | None = None) -> None:
+        self.options = options
+        self.notifiers = NotifierChain()
+        self._keeper = keeper
+        self._parent = parent
+        self._selector = selectors.DefaultSelector()
+        self._closing = contextlib.ExitStack()
+        self._stop_read, self._stop_write = socket.socketpair()
+        self._stop_write.setblocking(False)
+        self._stop_reason: PcshareError | None = None
+        self._stopping = False
+        self._handshakes: dict[int, Handshake] = {}
+        self._accepting = False
+        self._resume_mode = (STREAM_EAGER, 0)
+        self._ended = False  # all blocks are complete and the fault threads have joined
+        if parent is not None:
+            self.notifiers.add(parent.notify)
+
+    # -- start
+
+    def start(self) -> None:
+        """Returns when attach would succeed."""
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        options = self.options
+        report = probe.require_host(options.page_size)
+        self._check_poison(report)
+        self._features = probe.wanted_features(report.features)
+        _raise_fd_limit()
+        path = self._take_name()
+        self._segment = status.SegmentWriter(options.name, path, shared=options.shared)
+        self._closing.callback(self._segment.close)
+        self._segment.header.keeper_pid = self._keeper.pid
+        if options.trace:
+            self._closing.callback(TraceFile.start(options.trace).close)
+        self.blocks = Blocks(options, self._segment, self.notifiers, self._tell_state)
+        opened = self.blocks.open_sources()
+        self._closing.callback(_close_all, opened)
+        for source in opened:
+            self.notifiers.notify(Change.PROBE, source.spec.block)
+        self._start_serving(opened)
+        self._listen(path)
+
+    def _check_poison(self, report: probe.HostReport) -> None:
+        if self.options.poison and "POISON" not in report.features:
+            raise UsageError(
+                "--on-source-loss poison needs the userfaultfd feature POISON, which this kernel does not offer",
+                hint="use --on-source-loss pause, or Linux 6.6 or later",
+            )
+
+    def _take_name(self) -> str:
+        """The socket's path, once nobody living has the name and what a dead one left is gone."""
+        options = self.options
+        make = runtime.shared_socket_path if options.shared else runtime.socket_path
+        path = make(options.name, create_dir=True)
+        if status.in_use(options.name):
+            raise status.name_in_use(options.name)
+        left = status.leftovers(options.name)
+        if left is not None:
+            if left.living_helpers and not options.replace:
+                raise status.name_in_use(options.name)
+            status.remove_leftovers(options.name)
+            log.warning("cleared what a dead coordinator left: %s", left)
+        return str(path)
+
+    def _start_serving(self, opened: list[OpenedSource]) -> None:
+        options = self.options
+        self.fault_threads = FaultThreads(self._segment.header, self._features)
+        self._closing.callback(self.fault_threads.close)
+        self._closing.callback(self.blocks.close)
+        self.fault_threads.set_stream(STREAM_LAZY)  # not before every block is there
+        self.fault_threads.start(_cpus(options.fault_threads))
+        self.helpers = Helpers(self._segment, self.fault_threads, self._features, options.helpers_max)
+        self._closing.callback(self.helpers.close)
+        for source in opened:
+            self.blocks.add(source, self._keeper, self.fault_threads)
+        self.fault_threads.set_stream(options.stream_mode, options.stream_rate)
+        if options.stream_mode != STREAM_PAUSED:
+            self._resume_mode = (options.stream_mode, options.stream_rate)
+
+    def _listen(self, path: str) -> None:
+        self._device = fds.open_uffd_device()
+        if self._device is not None:
+            self._closing.callback(self._device.close)
+        self._listener = Listener(path, SHARED_SOCKET_MODE if self.options.shared else SOCKET_MODE)
+        self._closing.callback(self._listener.close)
+        self._closing.callback(self._drop_handshakes)
+        self._watch(self._stop_read, self._drain_stop)
+        self._watch(self.fault_threads, self._take_events)
+        self._watch(self._keeper, self._keeper_gone)
+        if self._parent is not None:
+            self._watch(self._parent, self._parent_spoke)
+        self._accept_more(True)
+        self._take_events()
+        if self._parent is not None:
+            self._parent.send(
+                event="ready",
+                name=self.options.name,
+                pid=os.getpid(),
+                socket=path,
+                blocks=[block.idstr for block in self.blocks],
+            )
+
+    def _watch(self, source: selectors._HasFileno, call: Callable[[], None]) -> None:
+        self._selector.register(source, selectors.EVENT_READ, call)
+
+    # -- the loop
+
+    def run(self) -> None:
+        """Serves until stop() or a stop signal; raises what ended it otherwise."""
+        with _stop_signals(self.stop):
+            while not self._stopping:
+                self._turn()
+        if self._stop_reason is not None:
+            raise self._stop_reason
+
+    def _turn(self) -> None:
+        for key, _ in self._selector.select(self._wait_s()):
+            key.data()
+        self._expire_handshakes()
+        self.helpers.reap()
+        self._join_if_ended()
+
+    def _wait_s(self) -> float | None:
+        waits = [handshake.deadline - time.monotonic() for handshake in self._handshakes.values()]
+        if self.helpers.has_unreaped() or not self._accepting:
+            waits.append(REAP_INTERVAL_S)
+        return max(0.0, min(waits)) if waits else None
+
+    def stop(self, reason: PcshareError | None = None) -> None:
+        """Ends run(); from any thread and from a signal handler."""
+        self._stop_reason = self._stop_reason or reason
+        self._stopping = True
+        with contextlib.suppress(BlockingIOError):
+            self._stop_write.send(b"\0")
+
+    def _drain_stop(self) -> None:
+        self._stop_read.recv(4096)
+
+    def _keeper_gone(self) -> None:
+        self.stop(PcshareError("the keeper is gone: no page can be placed any more", errno=errno.EPIPE))
+
+    def _parent_spoke(self) -> None:
+        assert self._parent is not None
+        if not self._parent.drain():
+            log.info("the program that started this coordinator has ended")
+            self.stop()
+
+    # -- connections
+
+    def _accept_more(self, wanted: bool) -> None:
+        if wanted and not self._accepting:
+            self._watch(self._listener, self._accept)
+        elif not wanted and self._accepting:
+            self._selector.unregister(self._listener)
+        self._accepting = wanted
+
+    def _accept(self) -> None:
+        try:
+            connection = self._listener.accept()
+        except OSError as error:  # no fds left: those that are here come first
+            log.warning("cannot accept a helper: %s", error.strerror)
+            self._accept_more(False)
+            return
+        if connection is None:
+            return
+        handshake = Handshake(
+            connection,
+            self.options,
+            self.blocks,
+            self.helpers,
+            self._features,
+            self._device,
+            self._segment.fd,
+            self._carry_out,
+        )
+        self._handshakes[connection.fileno()] = handshake
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._step(handshake))
+        if len(self._handshakes) >= HANDSHAKES_MAX:
+            self._accept_more(False)
+
+    def _step(self, handshake: Handshake) -> None:
+        number = handshake.connection.fileno()
+        key = self._selector.get_key(number)
+        self._selector.unregister(number)
+        del self._handshakes[number]
+        try:
+            goes_on = handshake.step()
+        except LimitReached as error:
+            log.warning("%s", error)
+            goes_on = False
+        if goes_on:
+            self._handshakes[number] = handshake
+            self._selector.register(number, selectors.EVENT_READ, key.data)
+
+    def _expire_handshakes(self) -> None:
+        now = time.monotonic()
+        for number, handshake in list(self._handshakes.items()):
+            if handshake.deadline <= now:
+                self._selector.unregister(number)
+                del self._handshakes[number]
+                handshake.time_out()
+        if not self._accepting and len(self._handshakes) < HANDSHAKES_MAX:
+            self._accept_more(True)
+
+    def _drop_handshakes(self) -> None:
+        for handshake in self._handshakes.values():
+            handshake.connection.close()
+        self._handshakes.clear()
+
+    # -- events of the core
+
+    def _take_events(self) -> None:
+        for event in self.fault_threads.events():
+            if event.kind not in _BLOCK_EVENTS:
+                self.helpers.handle(event)
+            elif self.blocks.handle(event):
+                self._end_block(event.block_index)
+
+    def _end_block(self, index: int) -> None:
+        """Helpers are told first: each unregisters on its own; then our own mappings are plain memory."""
+        block = self.blocks.by_index(index)
+        self.helpers.tell_end(block)
+        self.fault_threads.complete_block(index)
+        log.info("block %s is complete", block.idstr)
+
+    def _join_if_ended(self) -> None:
+        """When nobody can fault any more the fault threads have nothing left to do."""
+        if self._ended or len(self.helpers) or not self.blocks.all_ended():
+            return
+        self._ended = True
+        self._selector.unregister(self.fault_threads)
+        self.fault_threads.stop()
+        self.notifiers.notify(Change.INBOUND_END)
+
+    def _tell_state(self, idstr: str, state: State, reason: str) -> None:
+        if self._parent is not None:
+            self._parent.send(event="state", block=idstr, state=state.name, reason=reason)
+
+    # -- orders
+
+    def _carry_out(self, order: Admin) -> None:
+        modes = {
+            AdminOp.STREAM_EAGER: (STREAM_EAGER, 0),
+            AdminOp.STREAM_LAZY: (STREAM_LAZY, 0),
+            AdminOp.STREAM_RATE: (STREAM_RATE, order.argument),
+            AdminOp.STREAM_RESUME: self._resume_mode,
+        }
+        if order.op is AdminOp.STOP:
+            self.stop()
+        elif order.op is AdminOp.RESUME:
+            self.blocks.resume(self.fault_threads)
+        elif order.op is AdminOp.STREAM_PAUSE:
+            self.fault_threads.set_stream(STREAM_PAUSED)
+        elif order.op is AdminOp.STREAM_RATE and order.argument <= 0:
+            raise UsageError("a rate is at least 1 byte a second", errno=errno.EINVAL)
+        else:
+            self._resume_mode = modes[order.op]
+            self.fault_threads.set_stream(*self._resume_mode)
+
+    # -- end
+
+    def close(self) -> None:
+        """Says BYE to helpers, frees blocks, removes socket and status segment."""
+        self._closing.close()
+        self._selector.close()
+        self._keeper.close()
+        self._stop_read.close()
+        self._stop_write.close()
+        if self._parent is not None:
+            self._parent.close()
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _close_all(opened: list[OpenedSource]) -> None:
+    for source in opened:
+        source.close()
+
+
+def _cpus(wanted: int | None) -> list[int]:
+    """One pinned thread a CPU; more threads than CPUs are not pinned."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if wanted is None:
+        return default_cpus()
+    return cpus[:wanted] + [-1] * (wanted - len(cpus))
+
+
+def _raise_fd_limit() -> None:
+    """Two fds a helper: the soft limit is for programs that use select."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@contextlib.contextmanager
+def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP end the loop; outside the main thread (an embedding test) they are somebody else's."""
+    try:
+        before = {number: signal.signal(number, lambda *_: stop()) for number in STOP_SIGNALS}
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,142 @@
+"""fault_thread: skin over the core's fault threads: what Python adds, removes and hears.
+
+No fault passes through here (P9): Python decides who is served and reacts to events, the core serves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from pcshare.core import ffi, lib
+from pcshare.errors import check
+from pcshare.fds import OwnedFd
+from pcshare.ramblock import RAMBlock
+
+FAULT_THREADS_DEFAULT_MAX = 4  # more wake more CPUs for each fault
+
+
+class EventKind(IntEnum):
+    """What the core tells."""
+
+    BLOCK_COMPLETE = 1
+    BLOCK_SOURCE_ERROR = 2
+    BLOCK_PLACE_ERROR = 4
+    BLOCK_FOREIGN = 8
+    BLOCK_GAPS = 16
+    REMOTE_LEFT = 32
+    REMOTE_HUNG_UP = 64
+    REMOTE_DISABLED = 128
+
+
+@dataclass(frozen=True)
+class FaultEvent:
+    """error is a positive errno or 0; offset is in bytes of the block, or for a remote fd an address."""
+
+    kind: EventKind
+    block_index: int
+    remote_id: int
+    error: int
+    offset: int
+
+
+def default_cpus() -> list[int]:
+    """One fault thread for each of the first few CPUs this process may use."""
+    return sorted(os.sched_getaffinity(0))[:FAULT_THREADS_DEFAULT_MAX]
+
+
+class FaultThreads:
+    """The set of fault threads with what they serve."""
+
+    def __init__(self, status_header: Any, features: int) -> None:
+        pointer = ffi.new("struct fault_threads **")
+        check(lib.fault_threads_new(pointer, status_header, features), "making the fault threads")
+        self._pointer = pointer[0]
+        self.running = False
+
+    def start(self, cpus: Sequence[int]) -> None:
+        """One thread a CPU in the list, pinned to it (-1: not pinned). Returns when all run."""
+        check(
+            lib.fault_threads_start(self._pointer, ffi.new("int32_t[]", list(cpus)), len(cpus)),
+            "starting the fault threads",
+        )
+        self.running = True
+
+    def stop(self) -> None:
+        """Quits and joins. Twice is fine."""
+        lib.fault_threads_stop(self._pointer)
+        self.running = False
+
+    def close(self) -> None:
+        """Stops and frees everything that was added. Twice is fine."""
+        if self._pointer != ffi.NULL:
+            lib.fault_threads_free(self._pointer)
+            self._pointer = ffi.NULL
+            self.running = False
+
+    def fileno(self) -> int:
+        """Readable when an event waits."""
+        return int(lib.fault_threads_event_fd(self._pointer))
+
+    def events(self) -> Iterator[FaultEvent]:
+        """The events that wait."""
+        event = ffi.new("struct fault_event *")
+        while lib.fault_threads_next_event(self._pointer, event):
+            yield FaultEvent(
+                EventKind(event.kind), event.block_index, event.remote_id, event.error, event.offset
+            )
+
+    def add_block(self, block: RAMBlock, channel: Any, *, poison: bool) -> None:
+        """Block and channel belong to the fault threads from here on, also on failure."""
+        policy = lib.SOURCE_LOSS_POISON if poison else lib.SOURCE_LOSS_PAUSE
+        check(
+            lib.fault_threads_add_block(self._pointer, block.pointer, channel, policy), f"serving block {block.idstr}"
+        )
+
+    def remove_block(self, index: int) -> None:
+        check(lib.fault_threads_remove_block(self._pointer, index), "removing a block")
+
+    def complete_block(self, index: int) -> None:
+        check(lib.fault_threads_complete_block(self._pointer, index), "ending a block")
+
+    def resume_block(self, index: int) -> None:
+        check(lib.fault_threads_resume_block(self._pointer, index), "resuming a block")
+
+    def set_stream(self, mode: int, rate: int = 0) -> None:
+        """mode: STATUS_STREAM_*; rate in bytes a second."""
+        lib.fault_threads_set_stream(self._pointer, mode, rate)
+
+    def add_remote(
+        self, block: RAMBlock, uffd: OwnedFd, control: OwnedFd, maps: Sequence[tuple[int, int, int]], status: Any
+    ) -> int:
+        """A helper's uffd with its maps (client_addr, offset in the block, length; bytes). Both fds are consumed. Returns its id."""
+        rows = [
+            {"client_addr": addr, "length": length, "page": offset // block.page_size} for addr, offset, length in maps
+        ]
+        remote = ffi.new("struct remote_fd **")
+        rc = lib.remote_fd_new(
+            remote,
+            block.pointer,
+            uffd.detach(),
+            control.detach(),
+            ffi.new("struct remote_map[]", rows),
+            len(rows),
+            status,
+        )
+        check(rc, "registering a remote fd")
+        number = ffi.new("uint32_t *")
+        check(lib.fault_threads_add_remote(self._pointer, remote[0], number), "polling a remote fd")
+        return int(number[0])
+
+    def remove_remote(self, remote_id: int) -> None:
+        check(lib.fault_threads_remove_remote(self._pointer, remote_id), "removing a remote fd")
+
+    def disable_remote(self, remote_id: int, error: int) -> None:
+        check(lib.fault_threads_disable_remote(self._pointer, remote_id, error), "disabling a remote fd")
+
+    def is_gone(self, remote_id: int) -> bool:
+        """Whether the address space behind a remote fd has ended."""
+        return bool(lib.fault_threads_probe_remote(self._pointer, remote_id) < 0)

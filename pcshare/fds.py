@@ -1,0 +1,70 @@
+"""fds: a file descriptor and who owns it.
+
+An fd has an owner from the line where it exists. Must not know what is behind an fd: the verbs are elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Self
+
+CLOSED = -1
+USERFAULTFD_DEVICE = "/dev/userfaultfd"
+
+
+class OwnedFd:
+    """Owns one fd and closes it once: by close(), at the end of a with block, or when nobody holds the object."""
+
+    def __init__(self, fd: int) -> None:
+        if fd < 0:
+            raise ValueError(f"not a file descriptor: {fd}")
+        self._fd = fd
+
+    def fileno(self) -> int:
+        if self._fd == CLOSED:
+            raise ValueError("this fd was closed or detached")
+        return self._fd
+
+    @property
+    def closed(self) -> bool:
+        return self._fd == CLOSED
+
+    def detach(self) -> int:
+        """The fd, which is the caller's from now on."""
+        fd = self.fileno()
+        self._fd = CLOSED
+        return fd
+
+    def dup(self) -> OwnedFd:
+        """A second fd of the same open file, close-on-exec, with an owner of its own."""
+        return OwnedFd(os.dup(self.fileno()))
+
+    def close(self) -> None:
+        """Twice is fine."""
+        fd, self._fd = self._fd, CLOSED
+        if fd != CLOSED:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, cls: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", CLOSED) != CLOSED:
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {'closed' if self.closed else self._fd}>"
+
+
+def open_uffd_device() -> OwnedFd | None:
+    """/dev/userfaultfd for whoever may open it, to make uffds with or to pass on; else None."""
+    try:
+        return OwnedFd(os.open(USERFAULTFD_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return None

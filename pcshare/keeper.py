@@ -1,0 +1,83 @@
+"""keeper: skin over the core's keeper: the process that holds every block's writable mapping.
+
+Here only its life: how it is found or started. Blocks are made with it in ramblock.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from pcshare.core import ffi, lib
+from pcshare.errors import HostError, check
+from pcshare.fds import OwnedFd
+
+FD_VARIABLE = "PCSHARE_KEEPER_FD"
+EXECUTABLE = Path(__file__).parent / "_bin" / "pcshare-keeper"
+
+
+def executable() -> str:
+    """The keeper's executable. HostError: it was not built."""
+    if not os.access(EXECUTABLE, os.X_OK):
+        raise HostError(
+            f"the keeper's executable is missing: {EXECUTABLE}",
+            errno=errno.ENOENT,
+            hint="install the package again with a C compiler at hand: pip install --force-reinstall pcshare",
+        )
+    return str(EXECUTABLE)
+
+
+def inherited_socket() -> OwnedFd | None:
+    """The socket to the keeper that started this process, if one did; children do not inherit it."""
+    text = os.environ.pop(FD_VARIABLE, None)
+    if text is None:
+        return None
+    fd = OwnedFd(int(text))
+    os.set_inheritable(fd.fileno(), False)
+    return fd
+
+
+def exec_under_keeper(command: list[str]) -> None:
+    """Becomes a keeper whose only child is this command. Returns only by exception."""
+    path = executable()
+    os.execv(path, [path, "--", *command])
+
+
+class Keeper:
+    """The connection to a keeper; owns its socket, and the process if it was spawned here."""
+
+    def __init__(self, socket_fd: OwnedFd, process: subprocess.Popen[bytes] | None = None) -> None:
+        self._process = process
+        keeper = ffi.new("struct keeper **")
+        check(lib.keeper_connect(keeper, socket_fd.detach()), "connecting to the keeper")
+        self.pointer: Any = keeper[0]
+
+    @classmethod
+    def spawn(cls) -> Keeper:
+        """A keeper of its own for a coordinator that is not its child."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            process = subprocess.Popen(
+                [executable(), "--serve", str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            )
+        return cls(OwnedFd(ours.detach()), process)
+
+    @property
+    def pid(self) -> int:
+        return int(lib.keeper_pid(self.pointer))
+
+    def fileno(self) -> int:
+        """Readable when the keeper is gone."""
+        return int(lib.keeper_socket(self.pointer))
+
+    def close(self) -> None:
+        """Lets the keeper end. Twice is fine; blocks go first."""
+        lib.keeper_free(self.pointer)
+        self.pointer = ffi.NULL
+        if self._process is not None:
+            self._process.wait()
+            self._process = None
