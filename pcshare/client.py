@@ -1,7 +1,8 @@
 """client: the helper's side for Python programs: attach to a block and use it as memory.
 
-The mapping, the hand-over and the sentinel are the core's (helper.h); here they get Python's manners: the buffer protocol, arrays, slices,
-exceptions, pickling. A touch of a missing page waits inside the kernel with the GIL held; ensure(), prefetch() and wait() do not.
+The mapping, the hand-over and the sentinel are the core's (helper.h); here they get Python's manners: the buffer
+protocol, arrays, slices, exceptions, pickling. A touch of a missing page waits inside the kernel with the GIL held;
+ensure(), prefetch() and wait() do not.
 """
 
 from __future__ import annotations
@@ -14,12 +15,19 @@ import os
 import time
 import weakref
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pcshare import runtime
 from pcshare.core import ffi, lib
-from pcshare.errors import AttachTimeout, CoordinatorGone, NoSuchCoordinator, PcshareError, SourceLost, UsageError, check
+from pcshare.errors import (
+    AttachTimeout,
+    CoordinatorGone,
+    NoSuchCoordinator,
+    PcshareError,
+    SourceLost,
+    UsageError,
+    check,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,9 +70,10 @@ def attach(
 ) -> Block:
     """Attaches to a block of the coordinator NAME, waiting up to timeout_s for it to appear.
 
-    Without name and socket the coordinator of `pcshare run` is meant (PCSHARE_SOCKET). Without block, its only one. mode: "ro"
-    (private, read-only), "rw" (shared, of a writable block), "cow" (private: what is written stays here); None: "rw" for a writable
-    block, else "ro". Nothing is read yet: a page arrives when it is touched, or with the stream.
+    Without name and socket the coordinator of `pcshare run` is meant (PCSHARE_SOCKET). Without block, its only one.
+    mode: "ro" (private, read-only), "rw" (shared, of a writable block), "cow" (private: what is written stays here);
+    None: "rw" for a writable block, else "ro". Nothing is read yet: a page arrives when it is touched, or with the
+    stream.
 
     Raises NoSuchCoordinator, NoSuchBlock, NotWritable, AccessRefused, LimitReached, AttachTimeout, HostError.
     """
@@ -163,9 +172,9 @@ def _placeholder(info: Any) -> tuple[int, int]:
 class Block(mmap.mmap):
     """An attached block: bytes that arrive when they are touched.
 
-    len(block) and memoryview(block) have the source's exact size in bytes; memoryview and asarray() are read-only in mode "ro". Views and
-    arrays keep the mapping alive: close() gives the block up at once and never fails because of them. A subclass of mmap for its buffer
-    protocol, which Python 3.11 leaves to C types.
+    len(block) and memoryview(block) have the source's exact size in bytes; memoryview and asarray() are read-only in
+    mode "ro". Views and arrays keep the mapping alive: close() gives the block up at once and never fails because of
+    them. A subclass of mmap for its buffer protocol, which Python 3.11 leaves to C types.
     """
 
     _attachment: Any
@@ -236,7 +245,8 @@ class Block(mmap.mmap):
 
     @property
     def state(self) -> str:
-        """ "attached", "complete", "orphaned" (the coordinator went away, missing pages wait) or "lost" (they are SIGBUS)."""
+        """ "attached", "complete", "orphaned" (the coordinator went away, missing pages wait) or "lost" (they are
+        SIGBUS)."""
         return _STATES[lib.pcshare_state(self._living())]
 
     @property
@@ -256,7 +266,8 @@ class Block(mmap.mmap):
     # -- using it
 
     def asarray(self) -> np.ndarray[Any, Any]:
-        """A numpy view, nothing read yet: the array of a .npy source (its dtype and shape), else uint8 of shape (len(block),)."""
+        """A numpy view, nothing read yet: the array of a .npy source (its dtype and shape), else uint8 of shape
+        (len(block),)."""
         self._living()
         import numpy as np
 
@@ -264,11 +275,11 @@ class Block(mmap.mmap):
         if not info.has_array:
             return np.frombuffer(self, dtype=np.uint8)
         text = str(ffi.string(info.dtype).decode())
-        described = ast.literal_eval(text) if text[:1] in "[(" else text
-        dtype = np.lib.format.descr_to_dtype(described)
-        order = "F" if info.fortran else "C"
+        described: Any = ast.literal_eval(text) if text[:1] in "[(" else text
+        dtype: Any = np.lib.format.descr_to_dtype(described)
+        order: Any = "F" if info.fortran else "C"
         # numpy keeps the memoryview, and that keeps the mapping; the block itself it would not lock against close()
-        return np.ndarray(self.shape, dtype, memoryview(self), info.data_offset, order=order)  # type: ignore[call-overload, no-any-return]
+        return np.ndarray(self.shape, dtype, memoryview(self), info.data_offset, order=order)
 
     def _range(self, part: slice | None) -> tuple[int, int]:
         """(offset, length) in bytes."""
@@ -278,16 +289,15 @@ class Block(mmap.mmap):
         return start, max(0, stop - start)
 
     def ensure(self, part: slice | None = None, *, timeout_s: float | None = None) -> None:
-        """Brings a range of bytes (a slice; None: all) with one request, and returns when it is here. The GIL is free meanwhile.
+        """Brings a range of bytes (a slice; None: all) with one request, and returns when it is here. The GIL is free
+        meanwhile.
 
         SourceLost: the source lost a part of it; AttachTimeout; CoordinatorGone."""
         offset, length = self._range(part)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         lost_offset, lost_length = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         while True:
-            rc = lib.pcshare_ensure(
-                self._living(), offset, length, _left_ms(deadline), lost_offset, lost_length
-            )
+            rc = lib.pcshare_ensure(self._living(), offset, length, _left_ms(deadline), lost_offset, lost_length)
             if rc != -errno.EINTR:
                 break
         if rc == -errno.EIO:
@@ -301,15 +311,16 @@ class Block(mmap.mmap):
         check(rc, f"block {self.idstr}", _error_text() if rc < 0 else "")
 
     def prefetch(self, part: slice | None = None) -> None:
-        """Asks for a range of bytes (a slice; None: all) ahead of the rest and does not wait. A hint: where too many are under way it is
-        dropped."""
+        """Asks for a range of bytes (a slice; None: all) ahead of the rest and does not wait. A hint: where too many
+        are under way it is dropped."""
         offset, length = self._range(part)
         rc = lib.pcshare_prefetch(self._living(), offset, length)
         if rc not in (-errno.EINTR, -errno.EAGAIN):
             check(rc, f"block {self.idstr}", _error_text() if rc < 0 else "")
 
     def is_received(self, part: slice | None = None) -> bool:
-        """Whether every page of a range of bytes (a slice; None: all) has been placed: touching it waits for nobody. Asks nobody."""
+        """Whether every page of a range of bytes (a slice; None: all) has been placed: touching it waits for nobody.
+        Asks nobody."""
         offset, length = self._range(part)
         return bool(lib.pcshare_is_received(self._living(), offset, length))
 
@@ -336,8 +347,8 @@ class Block(mmap.mmap):
     def wait(self, fraction: float = 1.0, timeout_s: float | None = None) -> None:
         """Waits until so much of the block is here (0.0 to 1.0). The GIL is free meanwhile.
 
-        AttachTimeout; CoordinatorGone; SourceLost where lost pages make it impossible; PcshareError where nothing streams (lazy): it would
-        be for ever."""
+        AttachTimeout; CoordinatorGone; SourceLost where lost pages make it impossible; PcshareError where nothing
+        streams (lazy): it would be for ever."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             progress, seq = self._progress()
@@ -347,7 +358,7 @@ class Block(mmap.mmap):
             rc = lib.pcshare_wait_progress(self._living(), seq, _left_ms(deadline))
             if rc == -errno.ETIMEDOUT:
                 raise AttachTimeout(
-                    f"block {self.idstr}: {self.progress.fraction:.1%} is here after {timeout_s:g} s, not {fraction:.1%}",
+                    f"block {self.idstr}: {timeout_s:g} s over: {self.progress.fraction:.1%} here, not {fraction:.1%}",
                     errno=errno.ETIMEDOUT,
                     hint="see with `pcshare status` whether it is paused, and why",
                 )
@@ -400,7 +411,8 @@ class Block(mmap.mmap):
         return False
 
     def close(self) -> None:
-        """Leaves the coordinator. With views or arrays alive the mapping goes when the last of them does. Twice is fine."""
+        """Leaves the coordinator. With views or arrays alive the mapping goes when the last of them does. Twice is
+        fine."""
         if self._closed:
             return
         self._closed = True
@@ -413,9 +425,7 @@ class Block(mmap.mmap):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

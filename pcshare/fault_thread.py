@@ -85,9 +85,7 @@ class FaultThreads:
         """The events that wait."""
         event = ffi.new("struct fault_event *")
         while lib.fault_threads_next_event(self._pointer, event):
-            yield FaultEvent(
-                EventKind(event.kind), event.block_index, event.remote_id, event.error, event.offset
-            )
+            yield FaultEvent(EventKind(event.kind), event.block_index, event.remote_id, event.error, event.offset)
 
     def add_block(self, block: RAMBlock, channel: Any, *, poison: bool) -> None:
         """Block and channel belong to the fault threads from here on, also on failure."""
@@ -112,7 +110,8 @@ class FaultThreads:
     def add_remote(
         self, block: RAMBlock, uffd: OwnedFd, control: OwnedFd, maps: Sequence[tuple[int, int, int]], status: Any
     ) -> int:
-        """A helper's uffd with its maps (client_addr, offset in the block, length; bytes). Both fds are consumed. Returns its id."""
+        """A helper's uffd with its maps (client_addr, offset in the block, length; bytes). Both fds are consumed.
+        Returns its id."""
         rows = [
             {"client_addr": addr, "length": length, "page": offset // block.page_size} for addr, offset, length in maps
         ]

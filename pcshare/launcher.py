@@ -275,7 +275,7 @@ class Coordinator:
         self.pid = self.socket = None
 
     def _end_process(self, process: subprocess.Popen[bytes]) -> None:
-        """What was started has become the keeper, which passes SIGTERM on to the coordinator, its child, and outlives it."""
+        """What was started is the keeper by now: it passes SIGTERM on to its child, the coordinator, and ends after."""
         process.terminate()  # tests for a process that has ended and been waited for: never hits a reused pid
         try:
             process.wait(STOP_TIMEOUT_S)

@@ -1,7 +1,7 @@
 """protocol: the messages of the control socket as one table. No I/O; transport sends and receives them.
 
-Layout is core/wire.h's, read by the compiler and by cffi; this room packs, parses and refuses. What the peer got wrong is a
-RemoteProtocolError, what we were about to send wrongly a LocalProtocolError.
+Layout is core/wire.h's, read by the compiler and by cffi; this room packs, parses and refuses. What the peer got
+wrong is a RemoteProtocolError, what we were about to send wrongly a LocalProtocolError.
 """
 
 from __future__ import annotations
@@ -25,6 +25,16 @@ class Mode(enum.IntEnum):
     RO = 1
     RW = 2
     COW = 3
+
+
+class WelcomeFlag(enum.IntFlag):
+    """What WELCOME says of a block; COMPLETE also in ACK."""
+
+    COMPLETE = 1  # every page is in: no uffd, no ATTACH
+    WRITABLE = 2  # it may be attached for writing
+    DEVICE = 4  # an open /dev/userfaultfd comes along
+    ARRAY = 8  # dtype, shape and data_offset are filled in
+    FORTRAN = 16  # the array is in Fortran order
 
 
 class AdminOp(enum.IntEnum):
@@ -200,9 +210,7 @@ MESSAGES: dict[int, Row] = {
     lib.WIRE_REQUEST: Row(
         "REQUEST", "struct wire_request", (0, 0), _HELPER, lambda m: Request(m.flags, m.offset, m.length)
     ),
-    lib.WIRE_DONE: Row(
-        "DONE", "struct wire_done", (0, 0), _COORDINATOR, lambda m: Done(m.status, m.offset, m.length)
-    ),
+    lib.WIRE_DONE: Row("DONE", "struct wire_done", (0, 0), _COORDINATOR, lambda m: Done(m.status, m.offset, m.length)),
     lib.WIRE_END: Row("END", "struct wire_plain", (0, 0), _COORDINATOR, lambda m: End()),
     lib.WIRE_LEAVE: Row("LEAVE", "struct wire_plain", (0, 0), _HELPER, lambda m: Leave()),
     lib.WIRE_BYE: Row("BYE", "struct wire_plain", (0, 0), _COORDINATOR, lambda m: Bye()),

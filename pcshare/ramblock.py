@@ -19,8 +19,8 @@ from pcshare.keeper import Keeper
 class RAMBlock:
     """One block: idstr, used_length and map_length in bytes, page_size in bytes, memfd.
 
-    extents are the byte ranges [start, end) for which the source holds data; the rest are holes. status and received point into
-    the status segment, which must outlive the block."""
+    extents are the byte ranges [start, end) for which the source holds data; the rest are holes. status and received
+    point into the status segment, which must outlive the block."""
 
     def __init__(
         self,
@@ -97,7 +97,8 @@ class RAMBlock:
         return ffi.buffer(self.pointer.host_addr + offset, length)
 
     def close(self) -> None:
-        """Closes what Python holds; the block itself ends with the fault threads that it was added to, or with free()."""
+        """Closes what Python holds; the block itself ends with the fault threads that it was added to, or with
+        free()."""
         self._readonly_memfd.close()
 
     def free(self) -> None:

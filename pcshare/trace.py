@@ -24,7 +24,8 @@ EVENT_NAMES = {
 
 @dataclass(frozen=True)
 class Record:
-    """One step. time_ns is CLOCK_MONOTONIC; subject is a remote fd's id or a worker's number; what detail is, trace.h says."""
+    """One step. time_ns is CLOCK_MONOTONIC; subject is a remote fd's id or a worker's number; what detail is, trace.h
+    says."""
 
     time_ns: int
     event: str

@@ -1,6 +1,7 @@
 """transport: the only file that calls sendmsg and recvmsg: one datagram with its fds over a SEQPACKET socket.
 
-Knows no message. Every fd that arrives has an owner at once; truncation of bytes or fds is the peer's fault and closes what came.
+Knows no message. Every fd that arrives has an owner at once; truncation of bytes or fds is the peer's fault and
+closes what came.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ class Connection:
 
 
 def connect(path: str, timeout_s: float) -> Connection:
-    """To the coordinator that listens there. NoSuchCoordinator: nobody does; AttachTimeout: it does not take connections."""
+    """To the coordinator that listens there. NoSuchCoordinator: nobody does; AttachTimeout: it does not take
+    connections."""
     end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         end.settimeout(timeout_s)

@@ -1,7 +1,7 @@
 """coordinator: `pcshare coordinator`, in the foreground until SIGINT or SIGTERM.
 
-Runs twice: first as what the user started, which checks the arguments and becomes the keeper by exec; then as the keeper's child, which
-serves. The keeper must be the parent, and must not have inherited anybody's mappings.
+Runs twice: first as what the user started, which checks the arguments and becomes the keeper by exec; then as the
+keeper's child, which serves. The keeper must be the parent, and must not have inherited anybody's mappings.
 """
 
 from __future__ import annotations
@@ -36,16 +36,22 @@ DEBUG_VARIABLE = "PCSHARE_DEBUG"
     metavar="N",
     help="How many attachments at once.",
 )
-@click.option("--replace", is_flag=True, help="Clear what a dead coordinator of that name left, although helpers of it live.")
-@click.option("--trace", metavar="FILE", help="Write the last 65,536 steps to FILE; read them with `pcshare status --trace FILE`.")
+@click.option(
+    "--replace", is_flag=True, help="Clear what a dead coordinator of that name left, although helpers of it live."
+)
+@click.option(
+    "--trace",
+    metavar="FILE",
+    help="Write the last 65,536 steps to FILE; `python -m pcshare.views.trace FILE` prints them.",
+)
 @click.option("--debug", is_flag=True, help="Stay dumpable, for debuggers and psutil of the same user, and log more.")
 @click.option("--parent-fd", type=int, hidden=True)
 @options.json_option
 def command(**given: Any) -> int:
     """Serve blocks until told to stop.
 
-    Each SOURCE becomes a RAM block that helper processes attach to and use at once: pages they touch come first, a stream brings the
-    rest. The command stays in the foreground; SIGINT, SIGTERM or `pcshare stop` end it.
+    Each SOURCE becomes a RAM block that helper processes attach to and use at once: pages they touch come first, a
+    stream brings the rest. The command stays in the foreground; SIGINT, SIGTERM or `pcshare stop` end it.
 
     \\b
     Examples:
@@ -55,10 +61,22 @@ def command(**given: Any) -> int:
 
     With --json one JSON object is printed when the coordinator is ready.
     """
-    from pcshare import keeper
+    parent = _link(given.pop("parent_fd"), given["notifier_timeout"])
+    try:
+        return _run(parent, given.pop("as_json"), given.pop("debug"), given)
+    except Exception as error:
+        if parent is not None:
+            parent.tell_failure(error)
+        raise
+    finally:
+        if parent is not None:
+            parent.close()
 
-    parent = given.pop("parent_fd")
-    as_json, debug = given.pop("as_json"), given.pop("debug")
+
+def _run(parent: ParentLink | None, as_json: bool, debug: bool, given: dict[str, Any]) -> int:
+    from pcshare import keeper
+    from pcshare.coordinator import Server, stop_signals
+
     chosen = _options(given)
     socket_fd = keeper.inherited_socket()
     if socket_fd is None:
@@ -66,8 +84,11 @@ def command(**given: Any) -> int:
         raise AssertionError("exec returned")
     _protect(debug)
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="pcshare: %(message)s")
-    with socket_fd:
-        return _serve(chosen, keeper.Keeper(socket_fd), _link(parent, chosen), as_json)
+    server = Server(chosen, keeper.Keeper(socket_fd), parent)
+    with stop_signals(server.stop), server:
+        _say_ready(server, as_json)
+        server.run()
+    return 0
 
 
 def _options(given: dict[str, Any]) -> Options:
@@ -95,14 +116,14 @@ def _options(given: dict[str, Any]) -> Options:
     )
 
 
-def _become_keeper(parent: int | None, debug: bool) -> None:
+def _become_keeper(parent: ParentLink | None, debug: bool) -> None:
     """Becomes the keeper, which runs this same command line as its child."""
     from pcshare import keeper
 
     if debug:
         os.environ[DEBUG_VARIABLE] = "1"
     if parent is not None:
-        os.set_inheritable(parent, True)
+        os.set_inheritable(parent.fileno(), True)
     keeper.exec_under_keeper([sys.executable, "-P", "-m", "pcshare", *sys.argv[1:]])
 
 
@@ -112,27 +133,10 @@ def _protect(debug: bool) -> None:
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-def _link(parent: int | None, chosen: Options) -> ParentLink | None:
+def _link(fd: int | None, notifier_timeout_s: float) -> ParentLink | None:
     from pcshare.coordinator.parent import ParentLink
 
-    return None if parent is None else ParentLink(parent, chosen.notifier_timeout_s)
-
-
-def _serve(chosen: Options, keeper: Any, parent: ParentLink | None, as_json: bool) -> int:
-    from pcshare.coordinator import Server
-
-    server = Server(chosen, keeper, parent)
-    try:
-        server.start()
-        _say_ready(server, as_json)
-        server.run()
-    except Exception as error:
-        if parent is not None:
-            parent.tell_failure(error)
-        raise
-    finally:
-        server.close()
-    return 0
+    return None if fd is None else ParentLink(fd, notifier_timeout_s)
 
 
 def _say_ready(server: Server, as_json: bool) -> None:
@@ -145,4 +149,3 @@ def _say_ready(server: Server, as_json: bool) -> None:
     elif sys.stderr.isatty():
         names = ", ".join(str(block["idstr"]) for block in blocks)
         click.echo(f"pcshare: coordinator {server.options.name!r} serves {names}; Ctrl-C ends it", err=True)
-

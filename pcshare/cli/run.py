@@ -31,6 +31,7 @@ SI_KERNEL = 128  # siginfo.si_code: sent by the kernel, as a terminal's driver d
 # Python ignores them for itself; a command expects the default.
 RESTORED = (signal.SIGPIPE, signal.SIGXFSZ)
 PROGRESS_PERIOD_S = 0.1
+PROGRESS_REST = 20  # times as long as it took to paint
 EXIT_NOT_FOUND = 127  # as shells say it
 EXIT_NOT_EXECUTABLE = 126
 EXIT_SIGNAL = 128
@@ -230,6 +231,7 @@ class _ProgressLine:
     def paint(self) -> None:
         from pcshare.status import StatusReader
 
+        started_s = time.monotonic()
         try:
             with StatusReader(self._name) as reader:
                 self._view.update(reader.report(), reader.bitmap)
@@ -239,6 +241,8 @@ class _ProgressLine:
         self._live.update(self._view.line(self._plain), refresh=True)
         if self._view.complete:
             self.stop()
+        else:  # the bitmap of a terabyte takes a while to read: the command needs the CPU more than we do
+            self.period_s = max(PROGRESS_PERIOD_S, PROGRESS_REST * (time.monotonic() - started_s))
 
     def stop(self) -> None:
         self.period_s = None

@@ -142,7 +142,8 @@ class Blocks:
         self._change(block, State.RUNNING)
 
     def _discard_all(self, block: Block) -> None:
-        """Nothing of old content may survive: a new memfd holds nothing, and a sealed one could not be discarded any more."""
+        """Nothing of old content may survive: a new memfd holds nothing, and a sealed one could not be discarded any
+        more."""
         self._change(block, State.DISCARD)
         if block.ram.is_empty():
             return
@@ -195,8 +196,8 @@ class Blocks:
         count = self._segment.block_slot(block.index).foreign_pages
         what = "left as it is, since it may be a write" if block.ram.writable else "replaced by the source's bytes"
         log.error(
-            "block %s: %d foreign pages so far, one at offset %d: some process mapped or filled the block's memory without "
-            "registering it, and whoever read there before now read its bytes; %s",
+            "block %s: %d foreign pages so far, one at offset %d: some process mapped or filled the block's memory "
+            "without registering it, and whoever read there before now read its bytes; %s",
             block.idstr,
             count,
             offset,
@@ -262,6 +263,3 @@ def warn_if_larger_than_memory(opened: list[OpenedSource]) -> None:
             format_bytes(needed),
             format_bytes(available),
         )
-
-
-

@@ -1,34 +1,28 @@
 """handshake: one connection from its first message until it is attached, has given its order, or is refused.
 
-HELLO, WELCOME, ATTACH, ACK; or ADMIN and its answer. Every refusal says why before it hangs up, and disturbs nobody else.
+HELLO, WELCOME, ATTACH, ACK; or ADMIN and its answer. Every refusal says why before it hangs up, and disturbs nobody
+else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from pcshare import protocol
 from pcshare.coordinator.blocks import Block, Blocks
 from pcshare.coordinator.helpers import Helpers
 from pcshare.coordinator.options import Options
-from pcshare.core import lib
 from pcshare.errors import AccessRefused, NotWritable, PcshareError, RemoteProtocolError, VersionMismatch
 from pcshare.fds import OwnedFd
-from pcshare.protocol import Admin, Attach, Hello, Message, Mode, Welcome
+from pcshare.protocol import Admin, Attach, Hello, Message, Mode, Welcome, WelcomeFlag
 from pcshare.state import State
 from pcshare.transport import Connection
 
 HANDSHAKE_TIMEOUT_S = 10.0  # from accept to ATTACH: a helper maps and registers in between, which takes milliseconds
-
-
-class Operator(Protocol):
-    """Who carries out orders."""
-
-    def __call__(self, order: Admin) -> None: ...
 
 
 class Handshake:
@@ -84,10 +78,8 @@ class Handshake:
 
     def _refuse(self, error: PcshareError) -> bool:
         text = f"{error.message} ({error.hint})" if error.hint else error.message
-        try:
+        with contextlib.suppress(OSError):  # it is gone, or does not read: it is hung up on all the same
             self.connection.send(protocol.pack_error(error.errno or errno.EPROTO, text))
-        except OSError:
-            pass  # it is gone, or does not read: it is hung up on all the same
         return self._end()
 
     # -- messages
@@ -104,7 +96,11 @@ class Handshake:
 
     def _check_peer(self) -> None:
         peer = self.connection.credentials()
-        if peer.uid in (os.geteuid(), 0) or peer.uid in self._options.allow_uids or peer.gid in self._options.allow_gids:
+        if (
+            peer.uid in (os.geteuid(), 0)
+            or peer.uid in self._options.allow_uids
+            or peer.gid in self._options.allow_gids
+        ):
             return
         raise AccessRefused(
             f"user {peer.uid} (group {peer.gid}) may not attach to coordinator {self._options.name}",
@@ -134,11 +130,12 @@ class Handshake:
 
     def _describe(self, block: Block, mode: Mode, with_device: bool) -> Welcome:
         ram, array = block.ram, block.source.array
-        flags = lib.WIRE_WELCOME_COMPLETE if block.state is State.END else 0
-        flags |= lib.WIRE_WELCOME_WRITABLE if ram.writable else 0
-        flags |= lib.WIRE_WELCOME_DEVICE if with_device else 0
+        flags = WelcomeFlag(0)
+        flags |= WelcomeFlag.COMPLETE if block.state is State.END else 0
+        flags |= WelcomeFlag.WRITABLE if ram.writable else 0
+        flags |= WelcomeFlag.DEVICE if with_device else 0
         if array is not None:
-            flags |= lib.WIRE_WELCOME_ARRAY | (lib.WIRE_WELCOME_FORTRAN if array.fortran else 0)
+            flags |= WelcomeFlag.ARRAY | (WelcomeFlag.FORTRAN if array.fortran else 0)
         return Welcome(
             flags,
             mode,
@@ -156,7 +153,7 @@ class Handshake:
 
     def _attach(self, block: Block, message: Attach, uffd_fd: OwnedFd) -> bool:
         if block.state is State.END:
-            self.connection.send(protocol.pack_ack(0, lib.WIRE_WELCOME_COMPLETE))
+            self.connection.send(protocol.pack_ack(0, WelcomeFlag.COMPLETE))
             return self._end()
         helper = self._helpers.attach(block, self.connection, uffd_fd, message.maps)
         self.attached = True
@@ -177,6 +174,8 @@ def _grant(block: Block, wanted: Mode) -> Mode:
         return Mode.RW if block.ram.writable else Mode.RO
     if wanted is Mode.RW and not block.ram.writable:
         raise NotWritable(
-            f"block {block.idstr} is read-only", errno=errno.EROFS, hint=NotWritable.usual_hint.replace("BLOCK", block.idstr)
+            f"block {block.idstr} is read-only",
+            errno=errno.EROFS,
+            hint=NotWritable.usual_hint.replace("BLOCK", block.idstr),
         )
     return wanted

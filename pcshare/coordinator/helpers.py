@@ -1,13 +1,15 @@
 """helpers: who is attached, from the hand-over to the end of its process.
 
-A helper is told things and let go; its faults are the core's. Its uffd is kept until it has left or its address space is gone, also when
-it is cut off or has closed its socket: were ours the last copy to close, the kernel would answer its faults with zero pages.
+A helper is told things and let go; its faults are the core's. Its uffd is kept until it has left or its address space
+is gone, also when it is cut off or has closed its socket: were ours the last copy to close, the kernel would answer
+its faults with zero pages.
 """
 
 from __future__ import annotations
 
 import errno
 import heapq
+import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -73,7 +75,8 @@ class Helpers:
         """LimitReached where one more would be too many."""
         if not self._free_slots:
             raise LimitReached(
-                f"{self._helpers_max} helpers are attached, more are not allowed", errno=errno.EUSERS,
+                f"{self._helpers_max} helpers are attached, more are not allowed",
+                errno=errno.EUSERS,
                 hint="end one, or start the coordinator with a larger --helpers-max",
             )
 
@@ -185,7 +188,8 @@ class Helpers:
                 self.tell(helper, protocol.pack_end())
 
     def close(self) -> None:
-        """Says BYE to whoever is still attached, and lets go. Each keeps a copy of its uffd, and its sentinel answers from then on."""
+        """Says BYE to whoever is still attached, and lets go. Each keeps a copy of its uffd, and its sentinel answers
+        from then on."""
         for helper in self:
             self.tell(helper, protocol.pack_bye())
         for helper in self:
@@ -218,6 +222,6 @@ def check_maps(block: Block, maps: tuple[Map, ...]) -> None:
                 errno=errno.ERANGE,
             )
     by_addr = sorted(maps, key=lambda one: one.client_addr)
-    for low, high in zip(by_addr, by_addr[1:], strict=False):
+    for low, high in itertools.pairwise(by_addr):
         if low.client_addr + low.length > high.client_addr:
             raise RemoteProtocolError("ATTACH: maps overlap in the helper", errno=errno.EINVAL)

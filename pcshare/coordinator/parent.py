@@ -1,11 +1,12 @@
 """parent: the program that started this coordinator, if one did: JSON lines over the socket it left us.
 
-It hears when we are ready or failed and what changes; its end of the socket closing ends us. PROBE waits for its answer, with a time
-limit; nothing else ever waits for it.
+It hears when we are ready or failed and what changes; its end of the socket closing ends us. PROBE waits for its
+answer, with a time limit; nothing else ever waits for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -35,10 +36,8 @@ class ParentLink:
 
     def send(self, **event: Any) -> None:
         """A parent that does not read loses events, and only those."""
-        try:
+        with contextlib.suppress(OSError):
             self._socket.sendall(json.dumps(event).encode() + b"\n")
-        except OSError:
-            pass
 
     def tell_failure(self, error: BaseException) -> None:
         self.send(
@@ -66,7 +65,9 @@ class ParentLink:
                     continue
                 if answer.get("ok"):
                     return
-                raise Vetoed(f"block {block}: refused by the program that started the coordinator: {answer.get('reason')}")
+                raise Vetoed(
+                    f"block {block}: refused by the program that started the coordinator: {answer.get('reason')}"
+                )
         raise Vetoed(
             f"block {block}: no answer to PROBE within {self._notifier_timeout_s:g} s",
             hint="answer faster, or give it more time with --notifier-timeout",

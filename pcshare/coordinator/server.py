@@ -1,6 +1,7 @@
 """server: the coordinator's one loop: connections, events of the core, signals, the parent, and an orderly end.
 
-Starts things in the order in which they depend on each other and ends them in the reverse; decides nothing about a fault.
+Starts things in the order in which they depend on each other and ends them in the reverse; decides nothing about a
+fault.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from pcshare import fds, probe, runtime, status
 from pcshare.coordinator.blocks import Blocks
@@ -22,7 +24,7 @@ from pcshare.coordinator.handshake import Handshake
 from pcshare.coordinator.helpers import Helpers
 from pcshare.coordinator.options import STREAM_EAGER, STREAM_LAZY, STREAM_PAUSED, STREAM_RATE, Options
 from pcshare.coordinator.parent import ParentLink
-from pcshare.errors import LimitReached, PcshareError, UsageError
+from pcshare.errors import PcshareError, UsageError
 from pcshare.fault_thread import EventKind, FaultThreads, default_cpus
 from pcshare.keeper import Keeper
 from pcshare.notifier import Change, NotifierChain
@@ -30,7 +32,7 @@ from pcshare.protocol import Admin, AdminOp
 from pcshare.sources import OpenedSource
 from pcshare.state import State
 from pcshare.trace import TraceFile
-from pcshare.transport import Connection, Listener
+from pcshare.transport import Listener
 
 log = logging.getLogger("pcshare")
 
@@ -48,9 +50,13 @@ _BLOCK_EVENTS = (
 )
 
 
+class _HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
+
 class Server:
-    """A coordinator in this process. start(), run() until stopped, close(); close() may be called at any time, twice, and after a
-    failure half-way."""
+    """A coordinator in this process. start(), run() until stopped, close(); close() may be called at any time, twice,
+    and after a failure half-way."""
 
     def __init__(self, options: Options, keeper: Keeper, parent: ParentLink | None = None) -> None:
         self.options = options
@@ -160,16 +166,15 @@ class Server:
                 blocks=[block.idstr for block in self.blocks],
             )
 
-    def _watch(self, source: selectors._HasFileno, call: Callable[[], None]) -> None:
+    def _watch(self, source: _HasFileno, call: Callable[[], None]) -> None:
         self._selector.register(source, selectors.EVENT_READ, call)
 
     # -- the loop
 
     def run(self) -> None:
-        """Serves until stop() or a stop signal; raises what ended it otherwise."""
-        with _stop_signals(self.stop):
-            while not self._stopping:
-                self._turn()
+        """Serves until stop(); raises what ended it otherwise."""
+        while not self._stopping:
+            self._turn()
         if self._stop_reason is not None:
             raise self._stop_reason
 
@@ -190,7 +195,7 @@ class Server:
         """Ends run(); from any thread and from a signal handler."""
         self._stop_reason = self._stop_reason or reason
         self._stopping = True
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # full: it is awake; closed: it has ended
             self._stop_write.send(b"\0")
 
     def _drain_stop(self) -> None:
@@ -243,12 +248,7 @@ class Server:
         key = self._selector.get_key(number)
         self._selector.unregister(number)
         del self._handshakes[number]
-        try:
-            goes_on = handshake.step()
-        except LimitReached as error:
-            log.warning("%s", error)
-            goes_on = False
-        if goes_on:
+        if handshake.step():
             self._handshakes[number] = handshake
             self._selector.register(number, selectors.EVENT_READ, key.data)
 
@@ -326,8 +326,6 @@ class Server:
         self._keeper.close()
         self._stop_read.close()
         self._stop_write.close()
-        if self._parent is not None:
-            self._parent.close()
 
     def __enter__(self) -> Server:
         self.start()
@@ -358,13 +356,10 @@ def _raise_fd_limit() -> None:
 
 
 @contextlib.contextmanager
-def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP end the loop; outside the main thread (an embedding test) they are somebody else's."""
-    try:
-        before = {number: signal.signal(number, lambda *_: stop()) for number in STOP_SIGNALS}
-    except ValueError:
-        yield
-        return
+def stop_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP call stop: held from before the start until after the end, so that none of them cuts
+    off the clearing up. For the main thread of a process that is a coordinator and nothing else."""
+    before = {number: signal.signal(number, lambda *_: stop()) for number in STOP_SIGNALS}
     try:
         yield
     finally:

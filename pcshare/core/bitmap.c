@@ -6,16 +6,19 @@
 
 enum { WORD_BITS = 64 };
 
-static uint64_t word_load(const uint64_t *words, uint64_t index) {
+static uint64_t word_load(const uint64_t *words, uint64_t index)
+{
     return __atomic_load_n(&words[index], __ATOMIC_ACQUIRE);
 }
 
-static uint64_t bit_mask(uint64_t bit) {
+static uint64_t bit_mask(uint64_t bit)
+{
     return (uint64_t)1 << (bit % WORD_BITS);
 }
 
 /* The bits of word index that lie in [start, end), which must touch that word. */
-static uint64_t range_mask(uint64_t index, uint64_t start, uint64_t end) {
+static uint64_t range_mask(uint64_t index, uint64_t start, uint64_t end)
+{
     uint64_t first = index * WORD_BITS, mask = ~(uint64_t)0;
 
     if (start > first)
@@ -25,19 +28,23 @@ static uint64_t range_mask(uint64_t index, uint64_t start, uint64_t end) {
     return mask;
 }
 
-int bitmap_test(const uint64_t *words, uint64_t bit) {
+int bitmap_test(const uint64_t *words, uint64_t bit)
+{
     return (word_load(words, bit / WORD_BITS) & bit_mask(bit)) != 0;
 }
 
-int bitmap_test_and_set(uint64_t *words, uint64_t bit) {
+int bitmap_test_and_set(uint64_t *words, uint64_t bit)
+{
     return (__atomic_fetch_or(&words[bit / WORD_BITS], bit_mask(bit), __ATOMIC_ACQ_REL) & bit_mask(bit)) != 0;
 }
 
-int bitmap_test_and_clear(uint64_t *words, uint64_t bit) {
+int bitmap_test_and_clear(uint64_t *words, uint64_t bit)
+{
     return (__atomic_fetch_and(&words[bit / WORD_BITS], ~bit_mask(bit), __ATOMIC_ACQ_REL) & bit_mask(bit)) != 0;
 }
 
-void bitmap_set_range(uint64_t *words, uint64_t start, uint64_t end) {
+void bitmap_set_range(uint64_t *words, uint64_t start, uint64_t end)
+{
     if (start >= end)
         return;
     for (uint64_t i = start / WORD_BITS; i <= (end - 1) / WORD_BITS; i++)
@@ -45,7 +52,8 @@ void bitmap_set_range(uint64_t *words, uint64_t start, uint64_t end) {
 }
 
 /* Words that are clear already are only read: clearing a sparse bitmap must not make its memory real. */
-void bitmap_clear_range(uint64_t *words, uint64_t start, uint64_t end) {
+void bitmap_clear_range(uint64_t *words, uint64_t start, uint64_t end)
+{
     if (start >= end)
         return;
     for (uint64_t i = start / WORD_BITS; i <= (end - 1) / WORD_BITS; i++)
@@ -53,7 +61,8 @@ void bitmap_clear_range(uint64_t *words, uint64_t start, uint64_t end) {
             __atomic_fetch_and(&words[i], ~range_mask(i, start, end), __ATOMIC_ACQ_REL);
 }
 
-uint64_t bitmap_count(const uint64_t *words, uint64_t start, uint64_t end) {
+uint64_t bitmap_count(const uint64_t *words, uint64_t start, uint64_t end)
+{
     uint64_t count = 0;
 
     if (start >= end)
@@ -64,7 +73,8 @@ uint64_t bitmap_count(const uint64_t *words, uint64_t start, uint64_t end) {
 }
 
 /* The first bit of [start, end) that is set after every word was xored with flip, or end. */
-static uint64_t next_bit(const uint64_t *words, uint64_t start, uint64_t end, uint64_t flip) {
+static uint64_t next_bit(const uint64_t *words, uint64_t start, uint64_t end, uint64_t flip)
+{
     if (start >= end)
         return end;
     for (uint64_t i = start / WORD_BITS; i <= (end - 1) / WORD_BITS; i++) {
@@ -76,19 +86,23 @@ static uint64_t next_bit(const uint64_t *words, uint64_t start, uint64_t end, ui
     return end;
 }
 
-uint64_t bitmap_next_clear(const uint64_t *words, uint64_t start, uint64_t end) {
+uint64_t bitmap_next_clear(const uint64_t *words, uint64_t start, uint64_t end)
+{
     return next_bit(words, start, end, ~(uint64_t)0);
 }
 
-uint64_t bitmap_next_set(const uint64_t *words, uint64_t start, uint64_t end) {
+uint64_t bitmap_next_set(const uint64_t *words, uint64_t start, uint64_t end)
+{
     return next_bit(words, start, end, 0);
 }
 
-uint64_t bitmap_bytes(uint64_t bits) {
+uint64_t bitmap_bytes(uint64_t bits)
+{
     return (bits / WORD_BITS + (bits % WORD_BITS != 0)) * sizeof(uint64_t);
 }
 
-int bitmap_new(uint64_t **wordsp, uint64_t bits) {
+int bitmap_new(uint64_t **wordsp, uint64_t bits)
+{
     void *words;
 
     *wordsp = NULL;
@@ -101,7 +115,8 @@ int bitmap_new(uint64_t **wordsp, uint64_t bits) {
     return 0;
 }
 
-void bitmap_free(uint64_t *words, uint64_t bits) {
+void bitmap_free(uint64_t *words, uint64_t bits)
+{
     if (words)
         munmap(words, bitmap_bytes(bits));
 }

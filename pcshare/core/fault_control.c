@@ -1,5 +1,5 @@
-/* fault_control: the messages of a helper that is attached: range requests and leaving. Answered here, in C, because a thread may hold
- * the GIL while it waits for a range. Hand-over and operators are Python's.
+/* fault_control: the messages of a helper that is attached: range requests and leaving. Answered here, in C, because a
+ * thread may hold the GIL while it waits for a range. Hand-over and operators are Python's.
  */
 #include "fault_internal.h"
 
@@ -18,31 +18,33 @@ union control_message {
 
 static struct wire_header header_of(uint16_t type, uint32_t length, uint32_t cookie)
 {
-    return (struct wire_header){.magic = WIRE_MAGIC, .version = WIRE_VERSION, .type = type, .length = length, .cookie = cookie};
+    return (struct wire_header){
+        .magic = WIRE_MAGIC, .version = WIRE_VERSION, .type = type, .length = length, .cookie = cookie};
 }
 
 void send_to_helper(struct fault_threads *ft, struct remote_fd *remote, const void *message, uint32_t length)
 {
     int rc = fd_message_send(remote->control, message, length, NULL, 0, MSG_DONTWAIT);
 
-    /* A helper may have no more answers under way than its socket holds: who does not read them is cut off. A socket that is gone says so
-     * to the worker that polls it. */
+    /* A helper may have no more answers under way than its socket holds: who does not read them is cut off. A socket
+     * that is gone says so to the worker that polls it. */
     if (rc == -EAGAIN)
         disable_remote(ft, remote, ENOBUFS, 0);
 }
 
-void send_done(struct fault_threads *ft, struct remote_fd *remote, uint32_t cookie, int status, uint64_t offset, uint64_t length)
+void send_done(struct fault_threads *ft, struct remote_fd *remote, uint32_t cookie, int status, uint64_t offset,
+               uint64_t length)
 {
-    struct wire_done done = {.header = header_of(WIRE_DONE, sizeof(done), cookie), .status = status, .offset = offset,
-                             .length = length};
+    struct wire_done done = {
+        .header = header_of(WIRE_DONE, sizeof(done), cookie), .status = status, .offset = offset, .length = length};
 
     send_to_helper(ft, remote, &done, sizeof(done));
 }
 
 static void refuse(struct fault_threads *ft, struct remote_fd *remote, int error, const char *text)
 {
-    struct wire_error message = {.header = header_of(WIRE_ERROR, sizeof(message), 0), .error = error,
-                                 .version_max = WIRE_VERSION};
+    struct wire_error message = {
+        .header = header_of(WIRE_ERROR, sizeof(message), 0), .error = error, .version_max = WIRE_VERSION};
 
     snprintf(message.text, sizeof(message.text), "%s", text);
     send_to_helper(ft, remote, &message, sizeof(message));
@@ -80,7 +82,8 @@ static int is_wellformed(const union control_message *message, int length)
 }
 
 /* Whether there may be more to read. */
-static int handle_message(struct fault_threads *ft, struct remote_fd *remote, const union control_message *message, int length)
+static int handle_message(struct fault_threads *ft, struct remote_fd *remote, const union control_message *message,
+                          int length)
 {
     if (!is_wellformed(message, length)) {
         refuse(ft, remote, EPROTO, "not a message that an attached helper may send");

@@ -1,4 +1,5 @@
-/* fault_event: what Python is told: bits on the object concerned and one eventfd, so that nothing is lost and nothing grows. */
+/* fault_event: what Python is told: bits on the object concerned and one eventfd, so that nothing is lost and nothing
+ * grows. */
 #include "fault_internal.h"
 
 #include <sys/eventfd.h>

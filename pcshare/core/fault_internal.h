@@ -1,7 +1,9 @@
-/* fault_internal: what the files of the fault thread share: the set of threads, blocks and remote fds. Private to the core.
+/* fault_internal: what the files of the fault thread share: the set of threads, blocks and remote fds. Private to the
+ * core.
  *
- * Files: fault_thread.c (threads and what they poll), fault_set.c (adding, finding, removing), request.c (a fault's way to its page), stream.c (all that is asked for
- * without a fault), fault_control.c (messages of attached helpers), fault_event.c (what Python is told).
+ * Files: fault_thread.c (threads and what they poll), fault_set.c (adding, finding, removing), request.c (a fault's way
+ * to its page), stream.c (all that is asked for without a fault), fault_control.c (messages of attached helpers),
+ * fault_event.c (what Python is told).
  */
 #ifndef PCSHARE_FAULT_INTERNAL_H
 #define PCSHARE_FAULT_INTERNAL_H
@@ -97,7 +99,8 @@ void request_shared_page(struct fault_threads *ft, struct fault_worker *worker, 
                          uint32_t tid);
 /* Who waited is woken, ranges advance, completion is told. kind: whose counter the pages go to. */
 enum { PLACED_DEMAND = 1, PLACED_STREAM = 2 };
-void after_placing(struct fault_threads *ft, struct served_block *served, uint64_t page, uint64_t n, uint64_t placed, int kind);
+void after_placing(struct fault_threads *ft, struct served_block *served, uint64_t page, uint64_t n, uint64_t placed,
+                   int kind);
 void lose_page(struct fault_threads *ft, struct served_block *served, uint64_t page);
 /* How many bytes of [page, page + n) the source holds; the rest of the last page is zeros. */
 uint64_t source_length(const struct ramblock *block, uint64_t page, uint64_t n);
@@ -107,7 +110,8 @@ void ask_again(struct fault_threads *ft, struct served_block *served);
 void handle_control(struct fault_threads *ft, struct remote_fd *remote);
 /* Sends or, where the helper does not read what it asked for, cuts it off. */
 void send_to_helper(struct fault_threads *ft, struct remote_fd *remote, const void *message, uint32_t length);
-void send_done(struct fault_threads *ft, struct remote_fd *remote, uint32_t cookie, int status, uint64_t offset, uint64_t length);
+void send_done(struct fault_threads *ft, struct remote_fd *remote, uint32_t cookie, int status, uint64_t offset,
+               uint64_t length);
 
 /* fault_event.c */
 void tell_block(struct fault_threads *ft, struct served_block *served, uint32_t kind, int error, uint64_t offset);

@@ -140,7 +140,8 @@ int fault_threads_probe_remote(struct fault_threads *ft, uint32_t id)
 static int add_own_remote(struct fault_threads *ft, struct served_block *served)
 {
     struct ramblock *block = served->block;
-    struct remote_map whole = {.client_addr = (uint64_t)(uintptr_t)block->host_addr, .length = block->map_length, .page = 0};
+    struct remote_map whole = {
+        .client_addr = (uint64_t)(uintptr_t)block->host_addr, .length = block->map_length, .page = 0};
     struct remote_fd *remote;
     int uffd = dup(block->own_uffd);
 
@@ -247,7 +248,8 @@ static void clear_lost(struct fault_threads *ft, struct ramblock *block)
         bitmap_clear_range(block->failed, page, end);
         bitmap_clear_range(block->requested, page, end);
         __atomic_fetch_sub(&block->status->lost_pages, end - page, __ATOMIC_RELAXED);
-        (void)stream_add_range(ft, block, page, end, NULL, 0, 0); /* poisoned pages fault no more: they are asked for here */
+        (void)stream_add_range(ft, block, page, end, NULL, 0,
+                               0); /* poisoned pages fault no more: they are asked for here */
     }
 }
 

@@ -85,7 +85,8 @@ void disable_remote(struct fault_threads *ft, struct remote_fd *remote, int erro
     tell_remote(ft, remote, EVENT_REMOTE_DISABLED, error, addr);
 }
 
-static void handle_fault_message(struct fault_worker *worker, struct remote_fd *remote, const struct uffd_message *message)
+static void handle_fault_message(struct fault_worker *worker, struct remote_fd *remote,
+                                 const struct uffd_message *message)
 {
     uint64_t page;
 

@@ -1,9 +1,10 @@
 /* fault_thread: the threads that answer faults, and all that must make progress while a page is missing.
  *
- * Each fault thread has an epoll of its own over the quit eventfd, every remote fd and every helper's control socket, level-triggered;
- * several threads, each pinned to a CPU, serve the same remote fds, so that the one on the CPU that faulted answers without waking
- * another. Requests are deduplicated by block and page (waiters.h); no lock is held over a system call. The stream is a thread of its
- * own (stream.h). Policy, hand-over and states are Python's: it adds and removes blocks and remote fds and reads events.
+ * Each fault thread has an epoll of its own over the quit eventfd, every remote fd and every helper's control socket,
+ * level-triggered; several threads, each pinned to a CPU, serve the same remote fds, so that the one on the CPU that
+ * faulted answers without waking another. Requests are deduplicated by block and page (waiters.h); no lock is held over
+ * a system call. The stream is a thread of its own (stream.h). Policy, hand-over and states are Python's: it adds and
+ * removes blocks and remote fds and reads events.
  */
 #ifndef PCSHARE_FAULT_THREAD_H
 #define PCSHARE_FAULT_THREAD_H
@@ -20,22 +21,22 @@ enum {
 };
 
 enum {
-    EVENT_BLOCK_COMPLETE = 1,      /* every page is received or a hole */
-    EVENT_BLOCK_SOURCE_ERROR = 2,  /* error, offset */
-    EVENT_BLOCK_PLACE_ERROR = 4,   /* error, offset */
-    EVENT_BLOCK_FOREIGN = 8,       /* offset of one */
-    EVENT_BLOCK_GAPS = 16,         /* the stream went through and lost pages remain */
-    EVENT_REMOTE_LEFT = 32,        /* LEAVE */
-    EVENT_REMOTE_HUNG_UP = 64,     /* the control socket closed without LEAVE */
-    EVENT_REMOTE_DISABLED = 128,   /* cut off: error, addr */
+    EVENT_BLOCK_COMPLETE = 1,     /* every page is received or a hole */
+    EVENT_BLOCK_SOURCE_ERROR = 2, /* error, offset */
+    EVENT_BLOCK_PLACE_ERROR = 4,  /* error, offset */
+    EVENT_BLOCK_FOREIGN = 8,      /* offset of one */
+    EVENT_BLOCK_GAPS = 16,        /* the stream went through and lost pages remain */
+    EVENT_REMOTE_LEFT = 32,       /* LEAVE */
+    EVENT_REMOTE_HUNG_UP = 64,    /* the control socket closed without LEAVE */
+    EVENT_REMOTE_DISABLED = 128,  /* cut off: error, addr */
 };
 
 struct fault_event {
-    uint32_t kind;        /* one of EVENT_* */
+    uint32_t kind; /* one of EVENT_* */
     uint32_t block_index;
     uint32_t remote_id;
-    int32_t error;        /* a positive errno */
-    uint64_t offset;      /* in the block, or the address */
+    int32_t error;   /* a positive errno */
+    uint64_t offset; /* in the block, or the address */
 };
 
 enum {

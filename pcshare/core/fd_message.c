@@ -72,8 +72,8 @@ int fd_message_receive(int socket_fd, void *bytes, size_t capacity, int *fds, ui
 {
     union control_buffer control;
     struct iovec vector = {.iov_base = bytes, .iov_len = capacity};
-    struct msghdr message = {.msg_iov = &vector, .msg_iovlen = 1, .msg_control = control.bytes,
-                             .msg_controllen = sizeof(control.bytes)};
+    struct msghdr message = {
+        .msg_iov = &vector, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof(control.bytes)};
     uint32_t room = n_fdsp ? *n_fdsp : 0;
     int overflow = 0;
     ssize_t got = recvmsg(socket_fd, &message, flags | MSG_CMSG_CLOEXEC);

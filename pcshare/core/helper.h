@@ -1,9 +1,9 @@
 /* helper: the helper's side, for C programs and for pcshare's own Python: attach to a block, ask for ranges, leave.
  *
- * Attaching maps the block, opens a uffd, registers the mapping and hands the uffd to the coordinator; the memory is given out
- * only after the coordinator has said that it serves. One thread a process, the sentinel, answers the coordinator and reacts when it
- * goes away: it runs no Python, because a thread that waits for a page may hold the GIL. fork is safe: the child gets the same
- * addresses, mapped and registered anew before any other code of it runs.
+ * Attaching maps the block, opens a uffd, registers the mapping and hands the uffd to the coordinator; the memory is
+ * given out only after the coordinator has said that it serves. One thread a process, the sentinel, answers the
+ * coordinator and reacts when it goes away: it runs no Python, because a thread that waits for a page may hold the GIL.
+ * fork is safe: the child gets the same addresses, mapped and registered anew before any other code of it runs.
  *
  * All functions may be called from any thread. None may be called from a signal handler. Return values: see error.h.
  */
@@ -37,8 +37,8 @@ struct pcshare_info {
     uint32_t ndim;
     uint32_t has_array;
     uint32_t fortran;
-    uint32_t mode;     /* PCSHARE_RO, _RW or _COW */
-    uint32_t writable; /* the block may be attached PCSHARE_RW */
+    uint32_t mode;         /* PCSHARE_RO, _RW or _COW */
+    uint32_t writable;     /* the block may be attached PCSHARE_RW */
     uint32_t helper_index; /* in the status segment */
     uint32_t block_index;
     char idstr[64];
@@ -55,15 +55,16 @@ struct pcshare_progress {
     uint32_t seq;         /* changes whenever progress does; for pcshare_wait_progress */
 };
 
-/* Attaches once, without waiting for a coordinator to appear. idstr NULL or "": the only block. mode 0: what the block is.
- * map_at NULL, or an existing mapping of the caller's of map_at_length bytes to be replaced (aligned to the block's page
- * size, its map_length long; pcshare_detach gives it back as an inaccessible mapping): pcshare_peek tells these first.
- * -ESTALE: the block has another length by now.
- * -ENOENT, -ECONNREFUSED: nobody listens (yet); -ETIMEDOUT; -EINTR; else see pcshare_error_text(). */
+/* Attaches once, without waiting for a coordinator to appear. idstr NULL or "": the only block. mode 0: what the block
+ * is. map_at NULL, or an existing mapping of the caller's of map_at_length bytes to be replaced (aligned to the block's
+ * page size, its map_length long; pcshare_detach gives it back as an inaccessible mapping): pcshare_peek tells these
+ * first. -ESTALE: the block has another length by now. -ENOENT, -ECONNREFUSED: nobody listens (yet); -ETIMEDOUT;
+ * -EINTR; else see pcshare_error_text(). */
 int pcshare_attach(struct pcshare_attachment **ap, const char *socket_path, const char *idstr, uint32_t mode,
                    int64_t timeout_ms, void *map_at, uint64_t map_at_length);
 /* What attaching would find; keeps nothing. */
-int pcshare_peek(struct pcshare_info *info, const char *socket_path, const char *idstr, uint32_t mode, int64_t timeout_ms);
+int pcshare_peek(struct pcshare_info *info, const char *socket_path, const char *idstr, uint32_t mode,
+                 int64_t timeout_ms);
 /* Unregisters, unmaps, tells the coordinator, frees. Disturbs nobody; works whatever became of the coordinator. With
  * keep_reserved the addresses stay reserved as an inaccessible mapping that the caller unmaps. */
 void pcshare_detach(struct pcshare_attachment *a, int keep_reserved);
@@ -72,8 +73,9 @@ void *pcshare_data(const struct pcshare_attachment *a);
 void pcshare_get_info(const struct pcshare_attachment *a, struct pcshare_info *info);
 int pcshare_state(const struct pcshare_attachment *a);
 
-/* One request for the whole range; returns when all of it is here. -EIO: the source lost [*lost_offsetp, + *lost_lengthp);
- * -ETIMEDOUT; -ECONNRESET: the coordinator is gone; -EINTR; -EINVAL: outside the block. timeout_ms < 0: for ever. */
+/* One request for the whole range; returns when all of it is here. -EIO: the source lost [*lost_offsetp, +
+ * *lost_lengthp); -ETIMEDOUT; -ECONNRESET: the coordinator is gone; -EINTR; -EINVAL: outside the block. timeout_ms < 0:
+ * for ever. */
 int pcshare_ensure(struct pcshare_attachment *a, uint64_t offset, uint64_t length, int64_t timeout_ms,
                    uint64_t *lost_offsetp, uint64_t *lost_lengthp);
 /* The same without waiting. */

@@ -36,11 +36,24 @@ void fd_close(int *fdp)
     *fdp = -1;
 }
 
-void link_close(struct pcshare_attachment *a)
+void link_forget(struct pcshare_attachment *a)
 {
     fd_close(&a->socket);
     a->link = LINK_DOWN;
     a->in_flight = 0;
+}
+
+/* A socket that is closed with something unread in it resets its peer, which then may not read our last words. */
+void link_close(struct pcshare_attachment *a)
+{
+    char first;
+
+    if (a->socket >= 0) {
+        shutdown(a->socket, SHUT_RD);
+        while (recv(a->socket, &first, sizeof(first), MSG_DONTWAIT) > 0)
+            ;
+    }
+    link_forget(a);
 }
 
 void link_message_close(struct link_message *message)
@@ -227,9 +240,10 @@ int link_receive(struct pcshare_attachment *a, struct link_message *m)
         return hung_up(a);
     }
     if (rc == -EMSGSIZE)
-        return helper_fail(
-            EPROTO, "%s: the coordinator sent a message that is longer, or has more fds, than any of the protocol",
-            a->socket_path);
+        return helper_fail(EPROTO,
+                           "%s: the coordinator sent a message that is longer, or has more fds, than any of the "
+                           "protocol; or this process may open no more fds (ulimit -n)",
+                           a->socket_path);
     if (rc < 0)
         return helper_fail(-rc, "%s: receiving: %s", a->socket_path, strerror(-rc));
     rc = check_message(a, m, (uint32_t)rc);

@@ -73,7 +73,7 @@ __attribute__((noreturn)) static void end_child(void)
 /* The inherited uffd serves the parent's memory, and our copy of its socket would hide the parent's end. */
 static void restore(struct pcshare_attachment *a)
 {
-    link_close(a);
+    link_forget(a);
     fd_close(&a->uffd);
     if (memory_guard_in_child(a) < 0)
         end_child();
@@ -90,7 +90,7 @@ static void restore(struct pcshare_attachment *a)
  */
 static void abandon(struct pcshare_attachment *a)
 {
-    link_close(a); /* before release: the conversation is the parent's, no LEAVE */
+    link_forget(a);
     fd_close(&a->uffd);
     if (a->data && a->info.mode != PCSHARE_COW) { /* not inherited: the addresses may be somebody else's */
         if (a->map_at)

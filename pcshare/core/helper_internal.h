@@ -156,6 +156,8 @@ void fd_close(int *fdp);
 /* Connects and says HELLO. -ENOENT, -ECONNREFUSED, -EAGAIN: see helper.h. */
 int link_connect(struct pcshare_attachment *a);
 void link_close(struct pcshare_attachment *a);
+/* In a child of fork: the conversation is the parent's and goes on without this process. */
+void link_forget(struct pcshare_attachment *a);
 /* One whole, checked message, or LINK_EMPTY. -ECONNRESET: hung up; -EPROTO, -EPROTONOSUPPORT: the peer's fault. An
  * ERROR from the peer comes back as its errno and text. The fds are the caller's. */
 int link_receive(struct pcshare_attachment *a, struct link_message *message);

@@ -19,8 +19,8 @@ struct keeper {
     int user_mode_only;
     uint64_t features;
     uint8_t *staging;
-    pthread_mutex_t lock; /* one request at a time; also guards staging. Held over the exchange: never on the way of a fault
-                             that is not a repair */
+    pthread_mutex_t lock; /* one request at a time; also guards staging. Held over the exchange: never on the way of a
+                             fault that is not a repair */
     char text[CORE_ERROR_TEXT_MAX];
 };
 
@@ -125,8 +125,11 @@ const char *keeper_error_text(const struct keeper *k)
 int keeper_make_block(struct keeper *k, const char *idstr, uint64_t map_length, uint64_t page_size, int writable,
                       struct keeper_answer *answer, int *memfdp, int *placing_uffdp)
 {
-    struct keeper_request request = {.version = KEEPER_VERSION, .op = KEEPER_MAKE, .writable = (uint32_t)writable,
-                                     .map_length = map_length, .page_size = page_size};
+    struct keeper_request request = {.version = KEEPER_VERSION,
+                                     .op = KEEPER_MAKE,
+                                     .writable = (uint32_t)writable,
+                                     .map_length = map_length,
+                                     .page_size = page_size};
     int fds[2] = {-1, -1};
 
     snprintf(request.idstr, sizeof(request.idstr), "%s", idstr);
@@ -165,8 +168,8 @@ int keeper_complete_block(struct keeper *k, uint32_t block)
 
 int keeper_repair(struct keeper *k, uint32_t block, uint64_t offset, const void *bytes, uint64_t length)
 {
-    struct keeper_request request = {.version = KEEPER_VERSION, .op = KEEPER_REPAIR, .block = block, .offset = offset,
-                                     .length = length};
+    struct keeper_request request = {
+        .version = KEEPER_VERSION, .op = KEEPER_REPAIR, .block = block, .offset = offset, .length = length};
     struct keeper_answer answer;
 
     if (length > KEEPER_STAGING_BYTES)

@@ -1,9 +1,10 @@
 /* keeper: the tiny process that holds the writable mapping of every block.
  *
- * After FUTURE_WRITE nobody can map a block writable any more, and UFFDIO_COPY works only while the owner of the registered
- * mapping lives. So the mapping belongs to a process that does next to nothing: it makes, maps, registers and seals blocks, and on
- * request stores the right bytes into a foreign page. It never touches a page that may be missing, knows no source and no helper,
- * and is started by exec, so that no inherited, unregistered copy of its mappings exists.
+ * After FUTURE_WRITE nobody can map a block writable any more, and UFFDIO_COPY works only while the owner of the
+ * registered mapping lives. So the mapping belongs to a process that does next to nothing: it makes, maps, registers
+ * and seals blocks, and on request stores the right bytes into a foreign page. It never touches a page that may be
+ * missing, knows no source and no helper, and is started by exec, so that no inherited, unregistered copy of its
+ * mappings exists.
  *
  * The coordinator talks to it over a SEQPACKET socket pair with the fixed-size messages below; one request, one answer.
  */

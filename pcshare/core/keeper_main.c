@@ -1,7 +1,8 @@
 /* keeper_main: `pcshare-keeper [--serve FD] [-- COMMAND...]`, the executable.
  *
- * With a COMMAND it runs it as its only child, with the keeper's socket as fd PCSHARE_KEEPER_FD, forwards SIGINT, SIGTERM and SIGHUP to it
- * and ends with its exit code. With --serve it serves the given socket. Started by exec, so that no process inherits its mappings.
+ * With a COMMAND it runs it as its only child, with the keeper's socket as fd PCSHARE_KEEPER_FD, forwards SIGINT,
+ * SIGTERM and SIGHUP to it and ends with its exit code. With --serve it serves the given socket. Started by exec, so
+ * that no process inherits its mappings.
  */
 #define _GNU_SOURCE
 #include "keeper.h"

@@ -1,4 +1,5 @@
-/* keeper_serve: the keeper's own side: makes, maps, registers and seals blocks, and holds them until the socket hangs up. */
+/* keeper_serve: the keeper's own side: makes, maps, registers and seals blocks, and holds them until the socket hangs
+ * up. */
 #define _GNU_SOURCE
 #include "keeper.h"
 
@@ -84,7 +85,8 @@ static int make_memfd(const struct keeper_request *request, struct keeper_answer
     return fd;
 }
 
-/* PROT_NONE first: whatever touches a mapping before it is registered (mlockall, a core dump) would fill it with zero pages. */
+/* PROT_NONE first: whatever touches a mapping before it is registered (mlockall, a core dump) would fill it with zero
+ * pages. */
 static int map_and_register(struct keeping *k, const struct keeper_request *request, struct kept_block *block,
                             struct keeper_answer *answer)
 {
@@ -93,10 +95,13 @@ static int map_and_register(struct keeping *k, const struct keeper_request *requ
         return refuse(answer, errno, request->page_size > (uint64_t)getpagesize() ? "reserving huge pages" : "mmap");
     block->place_addr = mapped;
     block->map_length = request->map_length;
-    if (madvise(mapped, request->map_length, MADV_DONTDUMP) < 0 || madvise(mapped, request->map_length, MADV_DONTFORK) < 0)
+    if (madvise(mapped, request->map_length, MADV_DONTDUMP) < 0 ||
+        madvise(mapped, request->map_length, MADV_DONTFORK) < 0)
         return refuse(answer, errno, "madvise");
-    (void)madvise(mapped, request->map_length, MADV_NOHUGEPAGE); /* refused where THP is not configured: then there is none */
-    int rc = uffd_register(k->uffd, (uint64_t)(uintptr_t)mapped, request->map_length, UFFD_MODE_MISSING, &answer->ioctls);
+    (void)madvise(mapped, request->map_length,
+                  MADV_NOHUGEPAGE); /* refused where THP is not configured: then there is none */
+    int rc =
+        uffd_register(k->uffd, (uint64_t)(uintptr_t)mapped, request->map_length, UFFD_MODE_MISSING, &answer->ioctls);
     if (rc < 0)
         return refuse(answer, -rc, "registering the block with userfaultfd");
     block->registered = 1;
@@ -173,7 +178,8 @@ static void serve_make(struct keeping *k, const struct keeper_request *request, 
     *n_fdsp = 2;
 }
 
-/* Only a block that nobody can punch holes into: a page that was present stays so, and this store cannot wait in a fault. */
+/* Only a block that nobody can punch holes into: a page that was present stays so, and this store cannot wait in a
+ * fault. */
 static void serve_repair(struct keeping *k, const struct keeper_request *request, struct keeper_answer *answer)
 {
     struct kept_block *block = &k->blocks[request->block];

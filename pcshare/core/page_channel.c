@@ -6,21 +6,25 @@
 #include "page_channel.h"
 #include "page_channel_thread.h"
 
-int page_channel_read_now(struct page_channel *channel, void *bytes, uint64_t length, uint64_t offset) {
+int page_channel_read_now(struct page_channel *channel, void *bytes, uint64_t length, uint64_t offset)
+{
     return channel->ops->read_now(channel, bytes, length, offset);
 }
 
-void page_channel_submit(struct page_channel *channel, struct page_request *request) {
+void page_channel_submit(struct page_channel *channel, struct page_request *request)
+{
     request->next = NULL;
     channel->ops->submit(channel, request);
 }
 
-void page_channel_free(struct page_channel *channel) {
+void page_channel_free(struct page_channel *channel)
+{
     if (channel)
         channel->ops->free(channel);
 }
 
-int page_channel_thread_new(pthread_t *threadp, const char *name, void *(*run)(void *), void *argument) {
+int page_channel_thread_new(pthread_t *threadp, const char *name, void *(*run)(void *), void *argument)
+{
     sigset_t all, before;
     int rc;
 
@@ -33,18 +37,21 @@ int page_channel_thread_new(pthread_t *threadp, const char *name, void *(*run)(v
     return -rc;
 }
 
-static int zero_read_now(struct page_channel *channel, void *bytes, uint64_t length, uint64_t offset) {
+static int zero_read_now(struct page_channel *channel, void *bytes, uint64_t length, uint64_t offset)
+{
     (void)channel;
     (void)offset;
     memset(bytes, 0, length);
     return PAGE_CHANNEL_DONE;
 }
 
-static void zero_submit(struct page_channel *channel, struct page_request *request) {
+static void zero_submit(struct page_channel *channel, struct page_request *request)
+{
     request->done(request, zero_read_now(channel, request->bytes, request->length, request->offset));
 }
 
-static void zero_free(struct page_channel *channel) {
+static void zero_free(struct page_channel *channel)
+{
     free(channel);
 }
 
@@ -54,7 +61,8 @@ static const struct page_channel_ops zero_ops = {
     .free = zero_free,
 };
 
-int page_channel_zero_new(struct page_channel **channelp) {
+int page_channel_zero_new(struct page_channel **channelp)
+{
     *channelp = malloc(sizeof(**channelp));
     if (!*channelp)
         return -ENOMEM;

@@ -1,7 +1,7 @@
 /* page_channel: one connection to a source, behind one small table of functions.
  *
- * A channel reads bytes; it places nothing and knows no helper. Requests may complete in any order and on any thread, exactly once
- * each, also when the channel is closed (-ECANCELED).
+ * A channel reads bytes; it places nothing and knows no helper. Requests may complete in any order and on any thread,
+ * exactly once each, also when the channel is closed (-ECANCELED).
  */
 #ifndef PCSHARE_PAGE_CHANNEL_H
 #define PCSHARE_PAGE_CHANNEL_H
@@ -22,10 +22,10 @@ struct page_request {
     uint64_t length;           /* bytes wanted; all of them or an error */
     uint8_t *bytes;
     int is_demand;
-    uint64_t due_ns;           /* a filter's: when it may go on */
+    uint64_t due_ns; /* a filter's: when it may go on */
     page_request_done *done;
     void *owner;
-    uint32_t block_index;      /* for whoever made the request */
+    uint32_t block_index; /* for whoever made the request */
     uint64_t page;
     uint64_t n_pages;
 };

@@ -46,7 +46,8 @@ struct file_channel {
     struct lane stream;
 };
 
-static struct page_request *lane_pop(struct lane *lane) {
+static struct page_request *lane_pop(struct lane *lane)
+{
     struct page_request *request = lane->head;
 
     if (request) {
@@ -59,7 +60,8 @@ static struct page_request *lane_pop(struct lane *lane) {
     return request;
 }
 
-static void lane_push(struct lane *lane, struct page_request *request) {
+static void lane_push(struct lane *lane, struct page_request *request)
+{
     request->next = NULL;
     if (lane->tail)
         lane->tail->next = request;
@@ -69,7 +71,8 @@ static void lane_push(struct lane *lane, struct page_request *request) {
     lane->n_queued++;
 }
 
-static struct page_request *lane_take_all(struct lane *lane) {
+static struct page_request *lane_take_all(struct lane *lane)
+{
     struct page_request *all = lane->head;
 
     lane->head = lane->tail = NULL;
@@ -77,7 +80,8 @@ static struct page_request *lane_take_all(struct lane *lane) {
     return all;
 }
 
-static void fail_all(struct page_request *request, int result) {
+static void fail_all(struct page_request *request, int result)
+{
     while (request) {
         struct page_request *next = request->next;
 
@@ -88,13 +92,15 @@ static void fail_all(struct page_request *request, int result) {
 }
 
 /* Bytes of a request that the file has to give; the rest of it lies beyond the file's size and is zeros. */
-static int64_t length_in_file(const struct file_channel *c, uint64_t length, uint64_t offset) {
+static int64_t length_in_file(const struct file_channel *c, uint64_t length, uint64_t offset)
+{
     if (offset >= c->size)
         return -EINVAL;
     return (int64_t)(length < c->size - offset ? length : c->size - offset);
 }
 
-static int file_read(struct file_channel *c, uint8_t *bytes, uint64_t length, uint64_t offset) {
+static int file_read(struct file_channel *c, uint8_t *bytes, uint64_t length, uint64_t offset)
+{
     int64_t wanted = length_in_file(c, length, offset), done = 0;
 
     if (wanted < 0)
@@ -115,7 +121,8 @@ static int file_read(struct file_channel *c, uint8_t *bytes, uint64_t length, ui
 }
 
 /* Less than all of it is no answer: whether the cache or the file ended there is found out by file_read. */
-static int file_read_now(struct page_channel *channel, void *bytes, uint64_t length, uint64_t offset) {
+static int file_read_now(struct page_channel *channel, void *bytes, uint64_t length, uint64_t offset)
+{
     struct file_channel *c = (struct file_channel *)channel;
     int64_t wanted = length_in_file(c, length, offset);
     struct iovec iov = {.iov_base = bytes, .iov_len = (size_t)wanted};
@@ -137,7 +144,8 @@ static int file_read_now(struct page_channel *channel, void *bytes, uint64_t len
 }
 
 /* The next request, or NULL: the channel is being freed. */
-static struct page_request *lane_wait(struct lane *lane) {
+static struct page_request *lane_wait(struct lane *lane)
+{
     struct file_channel *c = lane->channel;
     struct page_request *request;
 
@@ -151,7 +159,8 @@ static struct page_request *lane_wait(struct lane *lane) {
     return request;
 }
 
-static void *reader_run(void *argument) {
+static void *reader_run(void *argument)
+{
     struct lane *lane = argument;
     struct page_request *request;
 
@@ -161,7 +170,8 @@ static void *reader_run(void *argument) {
 }
 
 /* With the mutex held: a slot for one more reader, or -1. */
-static int lane_reserve_reader(struct lane *lane) {
+static int lane_reserve_reader(struct lane *lane)
+{
     if (lane->n_queued <= lane->n_idle || lane->n_readers == lane->readers_max)
         return -1;
     for (uint32_t i = 0; i < lane->readers_max; i++) {
@@ -176,7 +186,8 @@ static int lane_reserve_reader(struct lane *lane) {
 }
 
 /* Without a single reader nobody would ever answer: what waits fails with the reason. */
-static void lane_start_reader(struct lane *lane, int slot) {
+static void lane_start_reader(struct lane *lane, int slot)
+{
     struct file_channel *c = lane->channel;
     struct page_request *stranded = NULL;
     int rc = page_channel_thread_new(&lane->threads[slot], "pcshare-read", reader_run, lane);
@@ -194,7 +205,8 @@ static void lane_start_reader(struct lane *lane, int slot) {
     fail_all(stranded, rc);
 }
 
-static void file_submit(struct page_channel *channel, struct page_request *request) {
+static void file_submit(struct page_channel *channel, struct page_request *request)
+{
     struct file_channel *c = (struct file_channel *)channel;
     struct lane *lane = request->is_demand ? &c->demand : &c->stream;
     int slot = -1, is_stopping;
@@ -215,7 +227,8 @@ static void file_submit(struct page_channel *channel, struct page_request *reque
 }
 
 /* The last submit may have come from a reader itself, which may still be starting another. */
-static void lane_join(struct lane *lane) {
+static void lane_join(struct lane *lane)
+{
     pthread_mutex_lock(&lane->channel->mutex);
     while (lane->n_starting)
         pthread_cond_wait(&lane->changed, &lane->channel->mutex);
@@ -225,7 +238,8 @@ static void lane_join(struct lane *lane) {
             pthread_join(lane->threads[i], NULL);
 }
 
-static void file_free(struct page_channel *channel) {
+static void file_free(struct page_channel *channel)
+{
     struct file_channel *c = (struct file_channel *)channel;
     struct page_request *demands, *streams;
 
@@ -253,13 +267,15 @@ static const struct page_channel_ops file_ops = {
     .free = file_free,
 };
 
-static void lane_init(struct lane *lane, struct file_channel *channel, uint32_t readers_max) {
+static void lane_init(struct lane *lane, struct file_channel *channel, uint32_t readers_max)
+{
     lane->channel = channel;
     lane->readers_max = readers_max;
     pthread_cond_init(&lane->changed, NULL);
 }
 
-int page_channel_file_new(struct page_channel **channelp, int fd, uint64_t size) {
+int page_channel_file_new(struct page_channel **channelp, int fd, uint64_t size)
+{
     struct file_channel *c = calloc(1, sizeof(*c));
 
     *channelp = NULL;

@@ -22,38 +22,42 @@ struct filter_channel {
     struct page_channel channel;
     struct page_channel *inner;
     uint64_t delay_ns;
-    uint64_t rate;    /* bytes a second; 0: no limit */
-    int error_errno;  /* positive; 0: never fails */
+    uint64_t rate;   /* bytes a second; 0: no limit */
+    int error_errno; /* positive; 0: never fails */
     char *error_path;
     pthread_mutex_t mutex;
     pthread_cond_t changed;
     pthread_t timer;
     int is_stopping;
-    uint64_t demand_free_ns; /* when the demands before are through */
-    uint64_t all_free_ns;    /* when all before are through */
+    uint64_t demand_free_ns;      /* when the demands before are through */
+    uint64_t all_free_ns;         /* when all before are through */
     struct page_request *waiting; /* by due_ns, those of one time in order of arrival */
 };
 
-static uint64_t now_ns(void) {
+static uint64_t now_ns(void)
+{
     struct timespec now;
 
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (uint64_t)now.tv_sec * NS_PER_S + (uint64_t)now.tv_nsec;
 }
 
-static uint64_t later(uint64_t a_ns, uint64_t b_ns) {
+static uint64_t later(uint64_t a_ns, uint64_t b_ns)
+{
     return a_ns > b_ns ? a_ns : b_ns;
 }
 
 /* How long so many bytes take; in two parts, so that large requests do not overflow. */
-static uint64_t transfer_ns(const struct filter_channel *c, uint64_t length) {
+static uint64_t transfer_ns(const struct filter_channel *c, uint64_t length)
+{
     if (c->rate == 0)
         return 0;
     return length / c->rate * NS_PER_S + (uint64_t)((double)(length % c->rate) / (double)c->rate * (double)NS_PER_S);
 }
 
 /* With the mutex held: when the request may go on. */
-static uint64_t filter_book(struct filter_channel *c, const struct page_request *request) {
+static uint64_t filter_book(struct filter_channel *c, const struct page_request *request)
+{
     uint64_t now = now_ns(), cost = transfer_ns(c, request->length);
 
     if (!request->is_demand) {
@@ -65,7 +69,8 @@ static uint64_t filter_book(struct filter_channel *c, const struct page_request 
     return c->demand_free_ns + c->delay_ns;
 }
 
-static void filter_insert(struct filter_channel *c, struct page_request *request) {
+static void filter_insert(struct filter_channel *c, struct page_request *request)
+{
     struct page_request **linkp = &c->waiting;
 
     while (*linkp && (*linkp)->due_ns <= request->due_ns)
@@ -75,7 +80,8 @@ static void filter_insert(struct filter_channel *c, struct page_request *request
 }
 
 /* The next request that is due, or NULL: the filter is being freed. */
-static struct page_request *filter_wait(struct filter_channel *c) {
+static struct page_request *filter_wait(struct filter_channel *c)
+{
     struct page_request *request = NULL;
 
     pthread_mutex_lock(&c->mutex);
@@ -99,7 +105,8 @@ static struct page_request *filter_wait(struct filter_channel *c) {
     return request;
 }
 
-static void *timer_run(void *argument) {
+static void *timer_run(void *argument)
+{
     struct filter_channel *c = argument;
     struct page_request *request;
 
@@ -114,7 +121,8 @@ static void *timer_run(void *argument) {
 }
 
 /* A filter with work to do answers nothing out of turn; an error too has to go the way of every other. */
-static int filter_read_now(struct page_channel *channel, void *bytes, uint64_t length, uint64_t offset) {
+static int filter_read_now(struct page_channel *channel, void *bytes, uint64_t length, uint64_t offset)
+{
     struct filter_channel *c = (struct filter_channel *)channel;
 
     if (c->delay_ns || c->rate || c->error_errno)
@@ -122,7 +130,8 @@ static int filter_read_now(struct page_channel *channel, void *bytes, uint64_t l
     return page_channel_read_now(c->inner, bytes, length, offset);
 }
 
-static void filter_submit(struct page_channel *channel, struct page_request *request) {
+static void filter_submit(struct page_channel *channel, struct page_request *request)
+{
     struct filter_channel *c = (struct filter_channel *)channel;
     int is_stopping;
 
@@ -139,7 +148,8 @@ static void filter_submit(struct page_channel *channel, struct page_request *req
         request->done(request, -ECANCELED);
 }
 
-static void filter_deinit(struct filter_channel *c) {
+static void filter_deinit(struct filter_channel *c)
+{
     pthread_cond_destroy(&c->changed);
     pthread_mutex_destroy(&c->mutex);
     page_channel_free(c->inner);
@@ -147,7 +157,8 @@ static void filter_deinit(struct filter_channel *c) {
     free(c);
 }
 
-static void filter_free(struct page_channel *channel) {
+static void filter_free(struct page_channel *channel)
+{
     struct filter_channel *c = (struct filter_channel *)channel;
     struct page_request *request;
 
@@ -174,7 +185,8 @@ static const struct page_channel_ops filter_ops = {
     .free = filter_free,
 };
 
-static void condition_init(pthread_cond_t *condition) {
+static void condition_init(pthread_cond_t *condition)
+{
     pthread_condattr_t attributes;
 
     pthread_condattr_init(&attributes);
@@ -184,7 +196,8 @@ static void condition_init(pthread_cond_t *condition) {
 }
 
 int page_channel_filter_new(struct page_channel **channelp, struct page_channel *inner, uint64_t delay_us,
-                            uint64_t rate, int error_errno, const char *error_path) {
+                            uint64_t rate, int error_errno, const char *error_path)
+{
     struct filter_channel *c = calloc(1, sizeof(*c));
     int rc = 0;
 

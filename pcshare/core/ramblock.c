@@ -38,8 +38,8 @@ static int check_sizes(const struct ramblock *b, char *text)
 
     if (b->page_size == 0 || (b->page_size & (b->page_size - 1)) || b->page_size < host_page ||
         b->page_size > RAMBLOCK_PAGE_SIZE_MAX) {
-        snprintf(text, CORE_ERROR_TEXT_MAX, "block %s: page size %llu: the host's is %llu, the largest supported %u", b->idstr,
-                 (unsigned long long)b->page_size, (unsigned long long)host_page, RAMBLOCK_PAGE_SIZE_MAX);
+        snprintf(text, CORE_ERROR_TEXT_MAX, "block %s: page size %llu: the host's is %llu, the largest supported %u",
+                 b->idstr, (unsigned long long)b->page_size, (unsigned long long)host_page, RAMBLOCK_PAGE_SIZE_MAX);
         return -EINVAL;
     }
     if (b->map_length == 0 || b->map_length % b->page_size) {
@@ -161,9 +161,9 @@ static void describe(struct ramblock *b)
     __atomic_store_n(&status->in_use, 1, __ATOMIC_RELEASE);
 }
 
-int ramblock_new(struct ramblock **bp, struct keeper *keeper, const char *idstr, uint64_t used_length, uint64_t map_length,
-                 uint64_t page_size, int writable, const struct ramblock_extent *data, uint64_t n_data, uint32_t index,
-                 struct status_block *status, uint64_t *received, char *text)
+int ramblock_new(struct ramblock **bp, struct keeper *keeper, const char *idstr, uint64_t used_length,
+                 uint64_t map_length, uint64_t page_size, int writable, const struct ramblock_extent *data,
+                 uint64_t n_data, uint32_t index, struct status_block *status, uint64_t *received, char *text)
 {
     struct ramblock *b = calloc(1, sizeof(*b));
 
@@ -337,7 +337,8 @@ static uint64_t acquire_run(struct ramblock *b, uint64_t page, uint64_t end)
     return n;
 }
 
-/* Present, not received, and only we may place it: somebody planted it. In a writable block it may be a write: it stays. */
+/* Present, not received, and only we may place it: somebody planted it. In a writable block it may be a write: it
+ * stays. */
 static int meet_foreign_page(struct ramblock *b, uint64_t page, const void *bytes)
 {
     count(&b->foreign_pages, 1);

@@ -1,9 +1,9 @@
 /* ramblock: one RAM block in the coordinator: its memory, its received bitmap, and the one way pages get into it.
  *
- * Places pages whole and atomically through the placing uffd, exactly once each, and sets received bits afterwards: the bitmap
- * never runs ahead of the memory. Wakes nobody, asks no source. Some facts that shaped it:
- *  - COPY never overwrites; EEXIST means the page is present. If it is not received and we hold its placing bit, nobody who follows
- *    the protocol put it there: a foreign page;
+ * Places pages whole and atomically through the placing uffd, exactly once each, and sets received bits afterwards: the
+ * bitmap never runs ahead of the memory. Wakes nobody, asks no source. Some facts that shaped it:
+ *  - COPY never overwrites; EEXIST means the page is present. If it is not received and we hold its placing bit, nobody
+ * who follows the protocol put it there: a foreign page;
  *  - a page that is received yet faults in a writable block was removed by a helper and comes back as zeros;
  *  - hugetlb offers no ZEROPAGE: one shared zero page of the largest size is copied instead.
  */
@@ -33,8 +33,8 @@ struct ramblock {
     uint32_t index; /* in the status segment */
     int writable;
     int can_zeropage;
-    int memfd;           /* read-write: never leaves the coordinator if the block is read-only */
-    int helper_memfd;    /* what helpers get: O_RDONLY unless writable */
+    int memfd;        /* read-write: never leaves the coordinator if the block is read-only */
+    int helper_memfd; /* what helpers get: O_RDONLY unless writable */
     int placing_uffd;
     int own_uffd;
     uint8_t *host_addr;  /* the coordinator's own mapping: private, read-only, registered with own_uffd */
@@ -48,8 +48,8 @@ struct ramblock {
     uint64_t *poisoned;  /* some helper has a poison mark there, to be lifted when the page arrives after all */
     struct ramblock_extent *data; /* page-aligned, in pages */
     uint64_t n_data;
-    uint64_t missing_pages; /* data pages not received: 0 is complete */
-    uint64_t foreign_pages; /* found so far */
+    uint64_t missing_pages;  /* data pages not received: 0 is complete */
+    uint64_t foreign_pages;  /* found so far */
     uint64_t foreign_offset; /* of the last one, bytes */
     struct status_block *status;
 };
@@ -59,12 +59,12 @@ enum {
     RAMBLOCK_PRESENT = 1, /* nothing to place: received already, or another thread is at it and will wake */
 };
 
-/* Makes the block: keeper's mapping, own mapping, bitmaps. received lies in the status segment and holds zeros; status is filled in.
- * data may be NULL (all holes); it is copied, in bytes, and widened to whole pages.
- * -EINVAL: a length that is no multiple of the page size, or sizes that do not fit; the text says which. */
-int ramblock_new(struct ramblock **bp, struct keeper *keeper, const char *idstr, uint64_t used_length, uint64_t map_length,
-                 uint64_t page_size, int writable, const struct ramblock_extent *data, uint64_t n_data, uint32_t index,
-                 struct status_block *status, uint64_t *received, char *text);
+/* Makes the block: keeper's mapping, own mapping, bitmaps. received lies in the status segment and holds zeros; status
+ * is filled in. data may be NULL (all holes); it is copied, in bytes, and widened to whole pages. -EINVAL: a length
+ * that is no multiple of the page size, or sizes that do not fit; the text says which. */
+int ramblock_new(struct ramblock **bp, struct keeper *keeper, const char *idstr, uint64_t used_length,
+                 uint64_t map_length, uint64_t page_size, int writable, const struct ramblock_extent *data,
+                 uint64_t n_data, uint32_t index, struct status_block *status, uint64_t *received, char *text);
 void ramblock_free(struct ramblock *b);
 /* Unregisters the coordinator's own mapping and the keeper's: every page is in. Twice is fine. */
 void ramblock_complete(struct ramblock *b);
@@ -73,12 +73,13 @@ int ramblock_is_received(const struct ramblock *b, uint64_t page);
 int ramblock_is_hole(const struct ramblock *b, uint64_t page);
 /* The first page of [start, end) that is neither received nor a hole, or end. */
 uint64_t ramblock_next_missing(const struct ramblock *b, uint64_t start, uint64_t end);
-/* The first page in [start, end) that is missing and not requested, and how many follow it that are the same, max at most; returns the
- * count and marks them requested. 0: none. */
+/* The first page in [start, end) that is missing and not requested, and how many follow it that are the same, max at
+ * most; returns the count and marks them requested. 0: none. */
 uint64_t ramblock_claim_missing(struct ramblock *b, uint64_t start, uint64_t end, uint64_t max, uint64_t *firstp);
 
-/* Places n_pages from bytes. Pages that are received or being placed are left alone. *placed_pagesp counts those placed now. On a
- * negative errno the pages before the failing one are placed. A foreign page is counted, and repaired in a read-only block. */
+/* Places n_pages from bytes. Pages that are received or being placed are left alone. *placed_pagesp counts those placed
+ * now. On a negative errno the pages before the failing one are placed. A foreign page is counted, and repaired in a
+ * read-only block. */
 int ramblock_place(struct ramblock *b, uint64_t page, uint64_t n_pages, const void *bytes, uint64_t *placed_pagesp);
 int ramblock_place_zero(struct ramblock *b, uint64_t page);
 /* A received page that faults: present (1), or removed by a helper and now zero again (0). */

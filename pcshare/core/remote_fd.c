@@ -8,7 +8,8 @@
 
 #define ADDRESS_SPACE_END ((1ull << 47) - 4096) /* of a process that asked for no more than 47 bits */
 
-static int map_is_valid(const struct remote_map *map, const struct ramblock *block) {
+static int map_is_valid(const struct remote_map *map, const struct ramblock *block)
+{
     uint64_t n_pages = map->length / block->page_size;
 
     if (map->length == 0 || map->length % block->page_size || map->client_addr % block->page_size)
@@ -18,12 +19,14 @@ static int map_is_valid(const struct remote_map *map, const struct ramblock *blo
     return map->page <= block->page_count && n_pages <= block->page_count - map->page;
 }
 
-static int maps_overlap(const struct remote_map *a, const struct remote_map *b) {
+static int maps_overlap(const struct remote_map *a, const struct remote_map *b)
+{
     return a->client_addr < b->client_addr + b->length && b->client_addr < a->client_addr + a->length;
 }
 
 /* What a helper says of itself: nothing in it is believed. */
-static int maps_are_valid(const struct remote_map *maps, uint32_t n_maps, const struct ramblock *block) {
+static int maps_are_valid(const struct remote_map *maps, uint32_t n_maps, const struct ramblock *block)
+{
     if (n_maps == 0 || n_maps > WIRE_MAPS_MAX)
         return 0;
     for (uint32_t i = 0; i < n_maps; i++) {
@@ -36,14 +39,16 @@ static int maps_are_valid(const struct remote_map *maps, uint32_t n_maps, const 
     return 1;
 }
 
-static void close_fds(int uffd, int control) {
+static void close_fds(int uffd, int control)
+{
     close(uffd);
     if (control >= 0)
         close(control);
 }
 
 int remote_fd_new(struct remote_fd **rp, struct ramblock *block, int uffd, int control, const struct remote_map *maps,
-                  uint32_t n_maps, struct status_helper *status) {
+                  uint32_t n_maps, struct status_helper *status)
+{
     struct remote_fd *r = NULL;
     int rc = -EINVAL;
 
@@ -67,19 +72,22 @@ int remote_fd_new(struct remote_fd **rp, struct ramblock *block, int uffd, int c
     return 0;
 }
 
-struct remote_fd *remote_fd_get(struct remote_fd *r) {
+struct remote_fd *remote_fd_get(struct remote_fd *r)
+{
     __atomic_fetch_add(&r->references, 1, __ATOMIC_RELAXED);
     return r;
 }
 
-void remote_fd_put(struct remote_fd *r) {
+void remote_fd_put(struct remote_fd *r)
+{
     if (!r || __atomic_sub_fetch(&r->references, 1, __ATOMIC_ACQ_REL) > 0)
         return;
     close_fds(r->uffd, r->control);
     free(r);
 }
 
-int remote_fd_page(const struct remote_fd *r, uint64_t client_addr, uint64_t *pagep) {
+int remote_fd_page(const struct remote_fd *r, uint64_t client_addr, uint64_t *pagep)
+{
     for (uint32_t i = 0; i < r->n_maps; i++) {
         const struct remote_map *map = &r->maps[i];
 
@@ -94,7 +102,8 @@ int remote_fd_page(const struct remote_fd *r, uint64_t client_addr, uint64_t *pa
 typedef int page_verb(int uffd, uint64_t addr, uint64_t length);
 
 /* Does the verb in each map that shows the page; one that fails does not keep the others from it. The first error. */
-static int each_map(const struct remote_fd *r, uint64_t page, page_verb *verb) {
+static int each_map(const struct remote_fd *r, uint64_t page, page_verb *verb)
+{
     uint64_t page_size = r->block->page_size;
     int rc = 0;
 
@@ -111,37 +120,43 @@ static int each_map(const struct remote_fd *r, uint64_t page, page_verb *verb) {
     return rc;
 }
 
-int remote_fd_wake(const struct remote_fd *r, uint64_t page) {
+int remote_fd_wake(const struct remote_fd *r, uint64_t page)
+{
     return each_map(r, page, uffd_wake);
 }
 
 /* EEXIST: the page is mapped there, nothing to poison. */
-static int poison_one(int uffd, uint64_t addr, uint64_t length) {
+static int poison_one(int uffd, uint64_t addr, uint64_t length)
+{
     uint64_t done;
     int rc = uffd_poison(uffd, addr, length, &done);
 
     return rc == -EEXIST ? 0 : rc;
 }
 
-int remote_fd_poison(const struct remote_fd *r, uint64_t page) {
+int remote_fd_poison(const struct remote_fd *r, uint64_t page)
+{
     return r->is_own ? 0 : each_map(r, page, poison_one);
 }
 
 /* EEXIST: it is mapped, not poisoned. ENOENT: no longer a mapping of ours. EFAULT: the page is absent. */
-static int unpoison_one(int uffd, uint64_t addr, uint64_t length) {
+static int unpoison_one(int uffd, uint64_t addr, uint64_t length)
+{
     uint64_t done;
     int rc = uffd_continue(uffd, addr, length, &done);
 
     return rc == -EEXIST || rc == -ENOENT || rc == -EFAULT ? 0 : rc;
 }
 
-int remote_fd_unpoison(const struct remote_fd *r, uint64_t page) {
+int remote_fd_unpoison(const struct remote_fd *r, uint64_t page)
+{
     return r->is_own ? 0 : each_map(r, page, unpoison_one);
 }
 
 /* CONTINUE over a range that no mapping can hold (up to the end of the address space): the kernel first looks whether
  * there is an address space at all, then whether one mapping holds the whole range, and only then does something. */
-int remote_fd_probe(const struct remote_fd *r) {
+int remote_fd_probe(const struct remote_fd *r)
+{
     uint64_t addr = r->maps[0].client_addr, done;
     uint64_t length = addr < ADDRESS_SPACE_END ? ADDRESS_SPACE_END - addr : r->block->page_size;
 

@@ -1,8 +1,8 @@
-/* remote_fd: the coordinator's record of one helper's uffd: the fd, the control socket, the map from client addresses to a
- * block, statistics. The coordinator's own uffd is one of these too.
+/* remote_fd: the coordinator's record of one helper's uffd: the fd, the control socket, the map from client addresses
+ * to a block, statistics. The coordinator's own uffd is one of these too.
  *
- * A pid is never a key: a process may attach as often as it likes. Counted references: the fds close with the last one. Never places
- * a page through a helper's uffd: its owner can make that hang or fail.
+ * A pid is never a key: a process may attach as often as it likes. Counted references: the fds close with the last one.
+ * Never places a page through a helper's uffd: its owner can make that hang or fail.
  */
 #ifndef PCSHARE_REMOTE_FD_H
 #define PCSHARE_REMOTE_FD_H
@@ -19,19 +19,19 @@ struct remote_map {
 
 struct remote_fd {
     int32_t references;
-    uint32_t id;        /* slot and generation; what events name it by */
-    uint32_t slot;      /* in the status segment */
-    int is_own;         /* the coordinator's: never poisoned, has no control socket */
+    uint32_t id;   /* slot and generation; what events name it by */
+    uint32_t slot; /* in the status segment */
+    int is_own;    /* the coordinator's: never poisoned, has no control socket */
     int uffd;
-    int control;        /* -1: none */
+    int control; /* -1: none */
     int disabled;
     uint32_t requests_in_flight;
     struct ramblock *block;
     uint32_t n_maps;
     struct remote_map maps[16];
     struct status_helper *status;
-    int32_t events;     /* REMOTE_EVENT_* not yet told */
-    int error;          /* the errno that goes with DISABLED */
+    int32_t events; /* REMOTE_EVENT_* not yet told */
+    int error;      /* the errno that goes with DISABLED */
     uint64_t error_addr;
 };
 

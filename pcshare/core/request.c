@@ -1,8 +1,8 @@
 /* request: a fault's way to its page: received, or a hole, or read at once, or asked of the source and waited for.
  *
- * A page that the source has at hand (page cache) is read and placed by the fault thread itself: handing it to another thread would cost
- * a wake-up, which is most of a fault's time. What would block is handed on. Every path ends in a wake, a poison mark, or an entry in
- * waiters that a later answer or resume finds.
+ * A page that the source has at hand (page cache) is read and placed by the fault thread itself: handing it to another
+ * thread would cost a wake-up, which is most of a fault's time. What would block is handed on. Every path ends in a
+ * wake, a poison mark, or an entry in waiters that a later answer or resume finds.
  */
 #include "fault_internal.h"
 
@@ -15,7 +15,7 @@
 #include "trace.h"
 #include "uffd.h"
 
-enum { NOT_AT_HAND = 2 }; /* beside RAMBLOCK_PLACED and RAMBLOCK_PRESENT */
+enum { NOT_AT_HAND = 2 };                                    /* beside RAMBLOCK_PLACED and RAMBLOCK_PRESENT */
 enum { TOLD_RECEIVED = 1, TOLD_BEFORE = 2, TOLD_ASKED = 0 }; /* details of TRACE_REQUEST_SHARED */
 enum { PROGRESS_STEPS = 256 };
 
@@ -72,16 +72,16 @@ static void wake_list(struct fault_threads *ft, struct waiter *list)
     waiters_free_list(list);
 }
 
-/* A mark on a page that arrived while it was made must go again: a present page that nobody touched yet takes the mark. */
+/* A mark on a page that arrived while it was made must go again: a present page that nobody touched yet takes the mark.
+ */
 static void poison_remote(struct ramblock *block, struct remote_fd *remote, uint64_t page)
 {
     bitmap_test_and_set(block->poisoned, page);
     trace_point(TRACE_POISON, block->index, remote->id, page, 0);
     (void)remote_fd_poison(remote, page);
-    if (ramblock_is_received(block, page)) {
+    if (ramblock_is_received(block, page))
         (void)remote_fd_unpoison(remote, page);
-        (void)remote_fd_wake(remote, page);
-    }
+    wake_remote(remote, page);
 }
 
 void lose_page(struct fault_threads *ft, struct served_block *served, uint64_t page)
@@ -146,7 +146,8 @@ static void tell_progress(struct fault_threads *ft, struct served_block *served)
     }
 }
 
-void after_placing(struct fault_threads *ft, struct served_block *served, uint64_t page, uint64_t n, uint64_t placed, int kind)
+void after_placing(struct fault_threads *ft, struct served_block *served, uint64_t page, uint64_t n, uint64_t placed,
+                   int kind)
 {
     struct ramblock *block = served->block;
     uint64_t *counter = kind == PLACED_DEMAND ? &block->status->demand_pages : &block->status->stream_pages;
@@ -210,9 +211,15 @@ static void ask_source(struct fault_threads *ft, struct served_block *served, ui
     }
     demand->ft = ft;
     demand->served = served;
-    demand->request = (struct page_request){.offset = page * block->page_size, .length = source_length(block, page, 1),
-                                            .bytes = demand->bytes, .is_demand = 1, .done = demand_done, .owner = demand,
-                                            .block_index = block->index, .page = page, .n_pages = 1};
+    demand->request = (struct page_request){.offset = page * block->page_size,
+                                            .length = source_length(block, page, 1),
+                                            .bytes = demand->bytes,
+                                            .is_demand = 1,
+                                            .done = demand_done,
+                                            .owner = demand,
+                                            .block_index = block->index,
+                                            .page = page,
+                                            .n_pages = 1};
     __atomic_fetch_add(&ft->demand_in_flight, 1, __ATOMIC_ACQ_REL);
     page_channel_submit(served->channel, &demand->request);
 }
@@ -247,8 +254,8 @@ static int place_now(struct fault_worker *worker, struct served_block *served, u
     return ramblock_place(block, page, 1, worker->staging, placedp);
 }
 
-static void wait_for_page(struct fault_threads *ft, struct served_block *served, struct remote_fd *remote, uint64_t page,
-                          uint32_t tid, uint64_t now_ns, int ask)
+static void wait_for_page(struct fault_threads *ft, struct served_block *served, struct remote_fd *remote,
+                          uint64_t page, uint32_t tid, uint64_t now_ns, int ask)
 {
     struct ramblock *block = served->block;
     int rc = waiters_add(&ft->waiters, block, page, remote, tid, now_ns);
@@ -267,7 +274,8 @@ static void wait_for_page(struct fault_threads *ft, struct served_block *served,
         ask_source(ft, served, page);
 }
 
-/* A received page faults: the message is older than the page, or, in a writable block, a helper has removed the page. */
+/* A received page faults: the message is older than the page, or, in a writable block, a helper has removed the page.
+ */
 static void answer_received(struct fault_threads *ft, struct remote_fd *remote, uint64_t page, uint64_t now_ns)
 {
     struct ramblock *block = remote->block;

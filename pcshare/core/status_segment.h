@@ -1,9 +1,10 @@
 /* status_segment: the layout of the POSIX shared memory /pcshare-NAME. Only layout; no I/O.
  *
- * Written in place by the fault threads (counters, bitmaps, histograms) and by the coordinator's Python (states, reasons);
- * read by anybody who may open it, also while the coordinator is stopped or dead. Every counter is one aligned 64-bit word.
- * Texts are guarded by text_seq: odd while they are written. Order: header, blocks, helpers, then one received bitmap a block,
- * each on a page of its own at status_block.bitmap_offset. A change of layout is a new STATUS_VERSION.
+ * Written in place by the fault threads (counters, bitmaps, histograms) and by the coordinator's Python (states,
+ * reasons); read by anybody who may open it, also while the coordinator is stopped or dead. Every counter is one
+ * aligned 64-bit word. Texts are guarded by text_seq: odd while they are written. Order: header, blocks, helpers, then
+ * one received bitmap a block, each on a page of its own at status_block.bitmap_offset. A change of layout is a new
+ * STATUS_VERSION.
  */
 #ifndef PCSHARE_STATUS_SEGMENT_H
 #define PCSHARE_STATUS_SEGMENT_H
@@ -63,12 +64,12 @@ struct status_block {
     uint64_t page_count;
     uint64_t bitmap_offset; /* bytes from the start of the segment */
     uint64_t received_pages;
-    uint64_t hole_pages;    /* holes of the source that nobody has touched: complete without being placed */
+    uint64_t hole_pages; /* holes of the source that nobody has touched: complete without being placed */
     uint64_t demand_pages;
     uint64_t stream_pages;
     uint64_t zero_pages;
     uint64_t foreign_pages;
-    uint64_t lost_pages;    /* asked for, failed for good, poisoned where touched */
+    uint64_t lost_pages; /* asked for, failed for good, poisoned where touched */
     uint32_t text_seq;
     uint32_t reserved;
     char reason[256];
@@ -80,7 +81,7 @@ struct status_helper {
     uint32_t pid;
     uint32_t uid;
     uint64_t faults;
-    uint64_t waiting; /* threads waiting for a page right now */
+    uint64_t waiting;      /* threads waiting for a page right now */
     uint64_t demand_pages; /* pages placed because this helper asked */
     struct status_histogram blocktime;
 };
@@ -93,7 +94,7 @@ struct status_header {
     uint64_t helpers_offset;
     uint32_t blocks_max;
     uint32_t helpers_max;
-    uint32_t pid;        /* who serves */
+    uint32_t pid; /* who serves */
     uint32_t keeper_pid;
     uint64_t pid_start_ticks; /* field 22 of /proc/PID/stat: tells a reused pid */
     uint32_t state;
@@ -113,7 +114,8 @@ struct status_header {
 /* The bucket that a wait of so many microseconds counts in. */
 uint32_t status_histogram_bucket(uint64_t us);
 void status_histogram_add(struct status_histogram *histogram, uint64_t us);
-/* Waits until *progress_seq differs from seen or the time is over. 0: differs; -ETIMEDOUT; -EINTR. timeout_ms < 0: for ever. */
+/* Waits until *progress_seq differs from seen or the time is over. 0: differs; -ETIMEDOUT; -EINTR. timeout_ms < 0: for
+ * ever. */
 int status_block_wait(const struct status_block *status, uint32_t seen, int64_t timeout_ms);
 void status_block_notify(struct status_block *status);
 

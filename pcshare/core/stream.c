@@ -106,7 +106,8 @@ static struct stream_range *unlink_range(struct stream *s, struct stream_range *
 }
 
 /* Tells the helper, if one is owed an answer, and frees. Not under the lock. */
-static void end_range(struct fault_threads *ft, struct stream_range *range, int status, uint64_t offset, uint64_t length)
+static void end_range(struct fault_threads *ft, struct stream_range *range, int status, uint64_t offset,
+                      uint64_t length)
 {
     if (range->remote) {
         if (range->wait)
@@ -138,8 +139,8 @@ static struct stream_range *new_range(struct ramblock *block, uint64_t start, ui
     return range;
 }
 
-int stream_add_range(struct fault_threads *ft, struct ramblock *block, uint64_t start, uint64_t end, struct remote_fd *remote,
-                     uint32_t cookie, int wait)
+int stream_add_range(struct fault_threads *ft, struct ramblock *block, uint64_t start, uint64_t end,
+                     struct remote_fd *remote, uint32_t cookie, int wait)
 {
     struct stream *s = &ft->stream;
     struct stream_range *range = new_range(block, start, end);
@@ -172,8 +173,8 @@ int stream_add_range(struct fault_threads *ft, struct ramblock *block, uint64_t 
 }
 
 /* Takes out the ranges for which decide says so; the caller ends them. */
-static struct stream_range *take_ranges(struct stream *s, int (*decide)(struct stream_range *range, const void *argument),
-                                        const void *argument)
+static struct stream_range *
+take_ranges(struct stream *s, int (*decide)(struct stream_range *range, const void *argument), const void *argument)
 {
     struct stream_range *list = NULL, **rangep = &s->ranges;
 
@@ -340,7 +341,8 @@ static uint64_t claim_in_block(struct stream *s, struct ramblock *block, uint64_
     uint64_t n = ramblock_claim_missing(block, s->cursor, block->page_count, most, firstp);
 
     if (!n && s->cursor)
-        n = ramblock_claim_missing(block, 0, s->cursor < block->page_count ? s->cursor : block->page_count, most, firstp);
+        n = ramblock_claim_missing(block, 0, s->cursor < block->page_count ? s->cursor : block->page_count, most,
+                                   firstp);
     return n;
 }
 

@@ -1,8 +1,9 @@
-/* stream: one thread that brings what nobody waits for in a fault: ranges that helpers asked for, then the rest of every block.
+/* stream: one thread that brings what nobody waits for in a fault: ranges that helpers asked for, then the rest of
+ * every block.
  *
- * Asks in large pieces, a few in flight, fewer while somebody waits in a fault; goes on after the page that was last demanded. Ranges are
- * served in every mode; mode and rate bind the background alone. Where the policy is poison a piece that fails is halved until the lost pages
- * are known one by one. Never answers a fault.
+ * Asks in large pieces, a few in flight, fewer while somebody waits in a fault; goes on after the page that was last
+ * demanded. Ranges are served in every mode; mode and rate bind the background alone. Where the policy is poison a
+ * piece that fails is halved until the lost pages are known one by one. Never answers a fault.
  */
 #ifndef PCSHARE_STREAM_H
 #define PCSHARE_STREAM_H
@@ -16,9 +17,9 @@
 enum {
     STREAM_PIECE_BYTES = 1 << 20,
     STREAM_BUFFER_BYTES = 2 << 20, /* a piece, or one page of the largest size */
-    STREAM_WINDOW = 4,        /* pieces in flight */
-    STREAM_WINDOW_DEMAND = 1, /* while somebody waits in a fault */
-    STREAM_RATE_PIECES = 50,  /* under a rate limit a piece is this part of a second's bytes at most */
+    STREAM_WINDOW = 4,             /* pieces in flight */
+    STREAM_WINDOW_DEMAND = 1,      /* while somebody waits in a fault */
+    STREAM_RATE_PIECES = 50,       /* under a rate limit a piece is this part of a second's bytes at most */
 };
 
 struct fault_threads;
@@ -40,7 +41,7 @@ struct stream_piece {
     struct page_request request;
     struct fault_threads *ft;
     struct stream_piece *next; /* in completed */
-    struct ramblock *block; /* NULL: free */
+    struct ramblock *block;    /* NULL: free */
     int result;
     int kind; /* PLACED_DEMAND if somebody waits for a range, else PLACED_STREAM */
 };
@@ -54,8 +55,8 @@ struct stream {
     uint32_t mode; /* STATUS_STREAM_* */
     uint64_t rate;
     uint64_t next_allowed_ns;
-    uint64_t hint;         /* written by fault threads: block and page last demanded, plus 1; 0: none */
-    uint32_t block_index;  /* where the background goes on */
+    uint64_t hint;        /* written by fault threads: block and page last demanded, plus 1; 0: none */
+    uint32_t block_index; /* where the background goes on */
     uint64_t cursor;
     uint32_t in_flight;
     int submitting; /* outside the lock, on the way to a channel */
@@ -73,8 +74,8 @@ void stream_stop(struct fault_threads *ft);
 void stream_deinit(struct fault_threads *ft);
 void stream_set(struct fault_threads *ft, uint32_t mode, uint64_t rate);
 /* remote may be NULL. -ENOMEM. */
-int stream_add_range(struct fault_threads *ft, struct ramblock *block, uint64_t start, uint64_t end, struct remote_fd *remote,
-                     uint32_t cookie, int wait);
+int stream_add_range(struct fault_threads *ft, struct ramblock *block, uint64_t start, uint64_t end,
+                     struct remote_fd *remote, uint32_t cookie, int wait);
 /* The background goes on after this page. */
 void stream_follow(struct fault_threads *ft, const struct ramblock *block, uint64_t page);
 /* Pages were placed, by whomever: ranges that are complete now are told. */

@@ -5,12 +5,14 @@
 
 static struct trace_ring *trace_ring;
 
-void trace_to(struct trace_ring *ring) {
+void trace_to(struct trace_ring *ring)
+{
     __atomic_store_n(&trace_ring, ring, __ATOMIC_RELEASE);
 }
 
 /* event is 0 while a record is written and set last, so that a reader can tell a whole record. */
-static void record_write(struct trace_record *record, const struct trace_record *value) {
+static void record_write(struct trace_record *record, const struct trace_record *value)
+{
     __atomic_store_n(&record->event, 0, __ATOMIC_RELAXED);
     __atomic_thread_fence(__ATOMIC_RELEASE);
     __atomic_store_n(&record->time_ns, value->time_ns, __ATOMIC_RELAXED);
@@ -22,7 +24,8 @@ static void record_write(struct trace_record *record, const struct trace_record 
     __atomic_store_n(&record->event, value->event, __ATOMIC_RELEASE);
 }
 
-void trace_point(uint32_t event, uint32_t block_index, uint32_t subject, uint64_t page, uint64_t detail) {
+void trace_point(uint32_t event, uint32_t block_index, uint32_t subject, uint64_t page, uint64_t detail)
+{
     struct trace_ring *ring = __atomic_load_n(&trace_ring, __ATOMIC_ACQUIRE);
     struct timespec now;
     uint64_t slot;
@@ -31,13 +34,14 @@ void trace_point(uint32_t event, uint32_t block_index, uint32_t subject, uint64_
         return;
     clock_gettime(CLOCK_MONOTONIC, &now);
     slot = __atomic_fetch_add(&ring->next, 1, __ATOMIC_RELAXED);
-    record_write(&ring->records[slot % TRACE_RECORDS], &(struct trace_record){
-        .time_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec,
-        .event = event,
-        .tid = (uint32_t)gettid(),
-        .block_index = block_index,
-        .subject = subject,
-        .page = page,
-        .detail = detail,
-    });
+    record_write(&ring->records[slot % TRACE_RECORDS],
+                 &(struct trace_record){
+                     .time_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec,
+                     .event = event,
+                     .tid = (uint32_t)gettid(),
+                     .block_index = block_index,
+                     .subject = subject,
+                     .page = page,
+                     .detail = detail,
+                 });
 }

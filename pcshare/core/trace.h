@@ -1,7 +1,7 @@
 /* trace: fixed-size records in a shared ring, written by whoever takes a step, decoded by views/trace.py.
  *
- * Costs one test of a pointer while nobody traces. Never blocks, never allocates; when the ring is full the oldest records are
- * overwritten.
+ * Costs one test of a pointer while nobody traces. Never blocks, never allocates; when the ring is full the oldest
+ * records are overwritten.
  */
 #ifndef PCSHARE_TRACE_H
 #define PCSHARE_TRACE_H
@@ -23,17 +23,17 @@ enum {
     TRACE_REMOTE_ADD = 6,
     TRACE_REMOTE_REMOVE = 7,
     TRACE_REMOTE_DISABLE = 8,
-    TRACE_FAULT = 9,            /* subject: helper, page; detail: tid */
-    TRACE_REQUEST_SHARED = 10,  /* detail: 0 asked, 1 received already, 2 asked before */
-    TRACE_PLACE = 11,           /* detail: pages */
+    TRACE_FAULT = 9,           /* subject: helper, page; detail: tid */
+    TRACE_REQUEST_SHARED = 10, /* detail: 0 asked, 1 received already, 2 asked before */
+    TRACE_PLACE = 11,          /* detail: pages */
     TRACE_PLACE_ZERO = 12,
-    TRACE_PLACE_PRESENT = 13,   /* EEXIST */
+    TRACE_PLACE_PRESENT = 13, /* EEXIST */
     TRACE_FOREIGN = 14,
-    TRACE_WAKE = 15,            /* subject: helper */
+    TRACE_WAKE = 15, /* subject: helper */
     TRACE_POISON = 16,
-    TRACE_SOURCE_ERROR = 17,    /* detail: errno */
-    TRACE_STREAM_REQUEST = 18,  /* detail: pages */
-    TRACE_RANGE_REQUEST = 19,   /* detail: pages */
+    TRACE_SOURCE_ERROR = 17,   /* detail: errno */
+    TRACE_STREAM_REQUEST = 18, /* detail: pages */
+    TRACE_RANGE_REQUEST = 19,  /* detail: pages */
 };
 
 struct trace_record {

@@ -42,19 +42,22 @@ enum {
     PROC_PATH_MAX = 64,
 };
 
-static int uffd_from_device(int device_fd) {
+static int uffd_from_device(int device_fd)
+{
     int uffd = ioctl(device_fd, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
 
     return uffd < 0 ? -errno : uffd;
 }
 
-static int uffd_from_syscall(int flags) {
+static int uffd_from_syscall(int flags)
+{
     int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | flags);
 
     return uffd < 0 ? -errno : uffd;
 }
 
-static int uffd_from_device_path(void) {
+static int uffd_from_device_path(void)
+{
     int uffd, device_fd = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
 
     if (device_fd < 0)
@@ -64,7 +67,8 @@ static int uffd_from_device_path(void) {
     return uffd;
 }
 
-int uffd_open(int device_fd, int *user_mode_onlyp) {
+int uffd_open(int device_fd, int *user_mode_onlyp)
+{
     int uffd = -EBADF;
 
     *user_mode_onlyp = 0;
@@ -81,7 +85,8 @@ int uffd_open(int device_fd, int *user_mode_onlyp) {
     return uffd;
 }
 
-int uffd_api(int uffd, uint64_t features, uint64_t *featuresp, uint64_t *ioctlsp) {
+int uffd_api(int uffd, uint64_t features, uint64_t *featuresp, uint64_t *ioctlsp)
+{
     struct uffdio_api api = {.api = UFFD_API, .features = features};
 
     if (ioctl(uffd, UFFDIO_API, &api) < 0)
@@ -93,7 +98,8 @@ int uffd_api(int uffd, uint64_t features, uint64_t *featuresp, uint64_t *ioctlsp
     return 0;
 }
 
-int uffd_probe(int device_fd, uint64_t *featuresp, uint64_t *ioctlsp, int *user_mode_onlyp) {
+int uffd_probe(int device_fd, uint64_t *featuresp, uint64_t *ioctlsp, int *user_mode_onlyp)
+{
     int rc, uffd = uffd_open(device_fd, user_mode_onlyp);
 
     if (uffd < 0)
@@ -103,7 +109,8 @@ int uffd_probe(int device_fd, uint64_t *featuresp, uint64_t *ioctlsp, int *user_
     return rc;
 }
 
-int uffd_register(int uffd, uint64_t addr, uint64_t length, uint64_t mode, uint64_t *ioctlsp) {
+int uffd_register(int uffd, uint64_t addr, uint64_t length, uint64_t mode, uint64_t *ioctlsp)
+{
     struct uffdio_register request = {.range = {.start = addr, .len = length}, .mode = mode};
 
     if (ioctl(uffd, UFFDIO_REGISTER, &request) < 0)
@@ -113,13 +120,15 @@ int uffd_register(int uffd, uint64_t addr, uint64_t length, uint64_t mode, uint6
     return 0;
 }
 
-int uffd_unregister(int uffd, uint64_t addr, uint64_t length) {
+int uffd_unregister(int uffd, uint64_t addr, uint64_t length)
+{
     struct uffdio_range range = {.start = addr, .len = length};
 
     return ioctl(uffd, UFFDIO_UNREGISTER, &range) < 0 ? -errno : 0;
 }
 
-int uffd_copy(int uffd, uint64_t addr, const void *bytes, uint64_t length, uint64_t *donep) {
+int uffd_copy(int uffd, uint64_t addr, const void *bytes, uint64_t length, uint64_t *donep)
+{
     struct uffdio_copy request = {.dst = addr, .src = (uintptr_t)bytes, .len = length, .mode = MODE_DONTWAKE};
     int rc = ioctl(uffd, UFFDIO_COPY, &request) < 0 ? -errno : 0;
 
@@ -127,7 +136,8 @@ int uffd_copy(int uffd, uint64_t addr, const void *bytes, uint64_t length, uint6
     return rc;
 }
 
-static int range_verb(int uffd, unsigned long verb, uint64_t addr, uint64_t length, uint64_t *donep) {
+static int range_verb(int uffd, unsigned long verb, uint64_t addr, uint64_t length, uint64_t *donep)
+{
     struct range_verb request = {.range = {.start = addr, .len = length}, .mode = MODE_DONTWAKE};
     int rc = ioctl(uffd, verb, &request) < 0 ? -errno : 0;
 
@@ -135,31 +145,37 @@ static int range_verb(int uffd, unsigned long verb, uint64_t addr, uint64_t leng
     return rc;
 }
 
-int uffd_zeropage(int uffd, uint64_t addr, uint64_t length, uint64_t *donep) {
+int uffd_zeropage(int uffd, uint64_t addr, uint64_t length, uint64_t *donep)
+{
     return range_verb(uffd, UFFDIO_ZEROPAGE, addr, length, donep);
 }
 
-int uffd_continue(int uffd, uint64_t addr, uint64_t length, uint64_t *donep) {
+int uffd_continue(int uffd, uint64_t addr, uint64_t length, uint64_t *donep)
+{
     return range_verb(uffd, UFFDIO_CONTINUE, addr, length, donep);
 }
 
-int uffd_poison(int uffd, uint64_t addr, uint64_t length, uint64_t *donep) {
+int uffd_poison(int uffd, uint64_t addr, uint64_t length, uint64_t *donep)
+{
     return range_verb(uffd, UFFDIO_POISON, addr, length, donep);
 }
 
-int uffd_wake(int uffd, uint64_t addr, uint64_t length) {
+int uffd_wake(int uffd, uint64_t addr, uint64_t length)
+{
     struct uffdio_range range = {.start = addr, .len = length};
 
     return ioctl(uffd, UFFDIO_WAKE, &range) < 0 ? -errno : 0;
 }
 
-int uffd_wake_all(int uffd) {
+int uffd_wake_all(int uffd)
+{
     return uffd_wake(uffd, SPACE_START, SPACE_LENGTH);
 }
 
 /* For kernels whose uffd knows no RWF_NOWAIT (before 6.10): a plain read, as long as nobody has made the fd blocking.
  * Between the look and the read a helper still can; there it is the best there is. */
-static ssize_t read_guarded(int uffd, void *buffer, size_t size) {
+static ssize_t read_guarded(int uffd, void *buffer, size_t size)
+{
     int flags = fcntl(uffd, F_GETFL);
 
     if (flags < 0)
@@ -171,7 +187,8 @@ static ssize_t read_guarded(int uffd, void *buffer, size_t size) {
     return read(uffd, buffer, size);
 }
 
-static ssize_t read_nowait(int uffd, void *buffer, size_t size) {
+static ssize_t read_nowait(int uffd, void *buffer, size_t size)
+{
     struct iovec iov = {.iov_base = buffer, .iov_len = size};
     ssize_t n = preadv2(uffd, &iov, 1, -1, RWF_NOWAIT);
 
@@ -180,7 +197,8 @@ static ssize_t read_nowait(int uffd, void *buffer, size_t size) {
     return n;
 }
 
-static void message_decode(struct uffd_message *message, const struct uffd_msg *raw) {
+static void message_decode(struct uffd_message *message, const struct uffd_msg *raw)
+{
     *message = (struct uffd_message){.event = raw->event, .fork_fd = -1};
     switch (raw->event) {
     case UFFD_EVENT_PAGEFAULT:
@@ -203,7 +221,8 @@ static void message_decode(struct uffd_message *message, const struct uffd_msg *
     }
 }
 
-int uffd_read(int uffd, struct uffd_message *messages, uint32_t n) {
+int uffd_read(int uffd, struct uffd_message *messages, uint32_t n)
+{
     struct uffd_msg raw[UFFD_READ_MAX];
     ssize_t bytes;
     int count;
@@ -221,7 +240,8 @@ int uffd_read(int uffd, struct uffd_message *messages, uint32_t n) {
     return count;
 }
 
-static int link_is_uffd(int fd) {
+static int link_is_uffd(int fd)
+{
     char path[PROC_PATH_MAX], link[PROC_PATH_MAX];
     ssize_t n;
 
@@ -234,7 +254,8 @@ static int link_is_uffd(int fd) {
 }
 
 /* What the handshake enabled, with the kernel's mark in it. */
-static int fdinfo_features(int fd, uint64_t *featuresp) {
+static int fdinfo_features(int fd, uint64_t *featuresp)
+{
     char path[PROC_PATH_MAX], text[FDINFO_MAX];
     unsigned long long features;
     const char *line;
@@ -260,7 +281,8 @@ static int fdinfo_features(int fd, uint64_t *featuresp) {
 }
 
 /* Whether this kernel gives each uffd an inode of its own (older ones: one for all anonymous inodes). Asked once. */
-static int inode_is_own(ino_t inode) {
+static int inode_is_own(ino_t inode)
+{
     static int answer; /* 0: not asked, 1: yes, 2: no */
     int known = __atomic_load_n(&answer, __ATOMIC_RELAXED), user_mode_only, uffd;
     struct stat fresh;
@@ -278,7 +300,8 @@ static int inode_is_own(ino_t inode) {
     return known == 1;
 }
 
-int uffd_inspect(int fd, uint64_t wanted_features, uint64_t *identityp) {
+int uffd_inspect(int fd, uint64_t wanted_features, uint64_t *identityp)
+{
     uint64_t features = 0;
     struct stat st;
     int rc;

@@ -73,10 +73,12 @@ struct uffd_message {
     int32_t fork_fd;     /* FORK: the child's uffd, now owned by the reader; else -1 */
 };
 
-/* Opens a uffd, non-blocking and close-on-exec: through device_fd (an open /dev/userfaultfd) if it is not -1, then through
- * /dev/userfaultfd, then the system call, then the system call for user-mode faults only. *user_mode_onlyp says which. */
+/* Opens a uffd, non-blocking and close-on-exec: through device_fd (an open /dev/userfaultfd) if it is not -1, then
+ * through /dev/userfaultfd, then the system call, then the system call for user-mode faults only. *user_mode_onlyp says
+ * which. */
 int uffd_open(int device_fd, int *user_mode_onlyp);
-/* The API handshake with exactly these features; featuresp and ioctlsp (each may be NULL) get what the kernel offers. */
+/* The API handshake with exactly these features; featuresp and ioctlsp (each may be NULL) get what the kernel offers.
+ */
 int uffd_api(int uffd, uint64_t features, uint64_t *featuresp, uint64_t *ioctlsp);
 /* What this kernel offers, asked on a throw-away uffd. */
 int uffd_probe(int device_fd, uint64_t *featuresp, uint64_t *ioctlsp, int *user_mode_onlyp);
@@ -92,8 +94,9 @@ int uffd_wake(int uffd, uint64_t addr, uint64_t length);
 int uffd_wake_all(int uffd);
 /* Reads up to n messages without ever blocking: how many (0: none waiting), or a negative errno. */
 int uffd_read(int uffd, struct uffd_message *messages, uint32_t n);
-/* 0 if fd is a userfaultfd with its handshake done and features wanted_features and no others; -EBADF: no uffd; -EINVAL: no
- * handshake; -EPERM: other features than these. *identityp is equal for copies of the same uffd and for those only. */
+/* 0 if fd is a userfaultfd with its handshake done and features wanted_features and no others; -EBADF: no uffd;
+ * -EINVAL: no handshake; -EPERM: other features than these. *identityp is equal for copies of the same uffd and for
+ * those only. */
 int uffd_inspect(int fd, uint64_t wanted_features, uint64_t *identityp);
 
 #endif

@@ -1,8 +1,9 @@
 /* waiters: who waits for which page, by block and page and by nobody's address.
  *
- * One entry a page however many wait for it; an entry lives from the first wait until the page is placed, so it is also the record of
- * what was asked of the source and must be asked again when the source comes back. One short lock; no system call under it.
- * A waiter is a thread of a remote fd: a thread that a signal makes fault again is not a second waiter.
+ * One entry a page however many wait for it; an entry lives from the first wait until the page is placed, so it is also
+ * the record of what was asked of the source and must be asked again when the source comes back. One short lock; no
+ * system call under it. A waiter is a thread of a remote fd: a thread that a signal makes fault again is not a second
+ * waiter.
  */
 #ifndef PCSHARE_WAITERS_H
 #define PCSHARE_WAITERS_H
@@ -53,7 +54,8 @@ struct waiter *waiters_take_remote(struct waiters *w, struct ramblock *block, ui
 void waiters_free_list(struct waiter *list);
 /* The source answered with an error: it may be asked again. */
 void waiters_unask(struct waiters *w, struct ramblock *block, uint64_t page);
-/* Some entry of the block that is not asked, now marked asked: 1 and *pagep, or 0. *bucketp is where to go on, from 0. */
+/* Some entry of the block that is not asked, now marked asked: 1 and *pagep, or 0. *bucketp is where to go on, from 0.
+ */
 int waiters_next_unasked(struct waiters *w, struct ramblock *block, uint32_t *bucketp, uint64_t *pagep);
 /* Forgets a remote fd's waits; returns how many there were. */
 uint64_t waiters_drop_remote(struct waiters *w, const struct remote_fd *remote);

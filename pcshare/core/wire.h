@@ -1,8 +1,8 @@
 /* wire: the control protocol between coordinator, helper and operator. Only layout; no I/O.
  *
- * One Unix socket of type SEQPACKET per attachment. Every message is one datagram of fixed size, little-endian, naturally
- * aligned, that begins with struct wire_header; fds travel beside it (SCM_RIGHTS) in the number the message's row in
- * docs/reference/control-protocol.md names. A change of layout is a new WIRE_VERSION.
+ * One Unix socket of type SEQPACKET per attachment. Every message is one datagram of fixed size, little-endian,
+ * naturally aligned, that begins with struct wire_header; fds travel beside it (SCM_RIGHTS) in the number the message's
+ * row in docs/reference/control-protocol.md names. A change of layout is a new WIRE_VERSION.
  */
 #ifndef PCSHARE_WIRE_H
 #define PCSHARE_WIRE_H
@@ -12,12 +12,12 @@
 enum {
     WIRE_MAGIC = 0x48534350, /* "PCSH" */
     WIRE_VERSION = 1,
-    WIRE_IDSTR_MAX = 64,     /* bytes, with the final NUL */
-    WIRE_TEXT_MAX = 256,     /* bytes of a message for people, with the final NUL */
-    WIRE_DTYPE_MAX = 1024,   /* bytes of a numpy dtype description, with the final NUL */
-    WIRE_DIMS_MAX = 32,      /* numpy's own limit */
-    WIRE_MAPS_MAX = 16,      /* maps of one uffd */
-    WIRE_FDS_MAX = 4,        /* fds of one message */
+    WIRE_IDSTR_MAX = 64,   /* bytes, with the final NUL */
+    WIRE_TEXT_MAX = 256,   /* bytes of a message for people, with the final NUL */
+    WIRE_DTYPE_MAX = 1024, /* bytes of a numpy dtype description, with the final NUL */
+    WIRE_DIMS_MAX = 32,    /* numpy's own limit */
+    WIRE_MAPS_MAX = 16,    /* maps of one uffd */
+    WIRE_FDS_MAX = 4,      /* fds of one message */
 };
 
 /* Types. Helper to coordinator: HELLO ATTACH REQUEST LEAVE, and an operator's ADMIN.
@@ -82,11 +82,12 @@ struct wire_hello {
     struct wire_header header;
     uint16_t version_min;
     uint16_t version_max;
-    uint32_t mode; /* WIRE_MODE_* */
+    uint32_t mode;  /* WIRE_MODE_* */
     char idstr[64]; /* the block; empty: the only one */
 };
 
-/* Answer to HELLO. fds: the memfd (O_RDONLY unless mode is RW), the status segment (O_RDONLY), and, if flagged, the device. */
+/* Answer to HELLO. fds: the memfd (O_RDONLY unless mode is RW), the status segment (O_RDONLY), and, if flagged, the
+ * device. */
 struct wire_welcome {
     struct wire_header header;
     uint32_t flags;
@@ -95,9 +96,9 @@ struct wire_welcome {
     uint32_t ndim;
     uint64_t used_length; /* bytes the source holds */
     uint64_t page_size;
-    uint64_t map_length;  /* used_length rounded up to the page size */
-    uint64_t features;    /* the handshake of the helper's uffd must ask for exactly these */
-    uint64_t data_offset; /* of the array in the block, bytes */
+    uint64_t map_length;        /* used_length rounded up to the page size */
+    uint64_t features;          /* the handshake of the helper's uffd must ask for exactly these */
+    uint64_t data_offset;       /* of the array in the block, bytes */
     uint64_t orphan_timeout_ms; /* how long to wait for a coordinator that went away; 0: for ever */
     uint64_t dims[32];
     char idstr[64];

@@ -64,11 +64,9 @@ class FileSource(OpenedSource):
     def _new_channel(self) -> Any:
         if self._fd < 0:
             raise SourceError(f"{self.spec.text}: the source is closed", errno=errno.EBADF)
-        from pcshare.core import ffi, lib
+        from pcshare.page_channel import file_channel  # late: the grammar works without the compiled core
 
-        channelp = ffi.new("struct page_channel **")
-        self._check_channel(lib.page_channel_file_new(channelp, os.dup(self._fd), self.used_length))
-        return channelp[0]
+        return file_channel(self._fd, self.used_length)
 
     def close(self) -> None:
         """Closes the file. Channels have duplicates of their own."""

@@ -77,15 +77,15 @@ def wrap_channel(channel: Any, filters: FilterSpec) -> Any:
     """The channel behind its filters; consumes it, also when it fails. Without filters it comes back as it is."""
     if not filters:
         return channel
-    from pcshare.core import ffi, lib
+    from pcshare.page_channel import filter_channel  # late: the grammar works without the compiled core
 
-    channelp = ffi.new("struct page_channel **")
-    rc = lib.page_channel_filter_new(
-        channelp, channel, filters.delay_us, filters.rate, filters.error_errno, os.fsencode(filters.error_path)
+    return filter_channel(
+        channel,
+        delay_us=filters.delay_us,
+        rate=filters.rate,
+        error_errno=filters.error_errno,
+        error_path=filters.error_path,
     )
-    if rc < 0:
-        raise SourceError(f"cannot make the filters: {os.strerror(-rc)}", errno=-rc)
-    return channelp[0]
 
 
 def _parse_delay(value: str) -> dict[str, Any]:

@@ -5,11 +5,9 @@ Knows lengths, extents and filters, and hands out page channels. It reads no pag
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from typing import Any, Self
 
-from pcshare.errors import SourceError
 from pcshare.sources.filters import wrap_channel
 from pcshare.sources.grammar import SourceSpec
 from pcshare.sources.npy import ArrayDescription
@@ -45,10 +43,6 @@ class OpenedSource(ABC):
     @abstractmethod
     def close(self) -> None:
         """Gives up what the source holds open. Channels that were made live on; twice is fine."""
-
-    def _check_channel(self, rc: int) -> None:
-        if rc < 0:
-            raise SourceError(f"{self.spec.text}: cannot make a page channel: {os.strerror(-rc)}", errno=-rc)
 
     def __enter__(self) -> Self:
         return self

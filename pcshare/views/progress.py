@@ -82,6 +82,7 @@ class PagePicture:
         self.cells: list[Cell] = []
         self._demand_pages = 0
         self._looked = False
+        self.complete = False
 
     def update(self, *, received: bytes, page_count: int, demand_pages: int, complete: bool) -> None:
         """One look. complete: the block is at END, so what is not received is a hole."""
@@ -99,7 +100,7 @@ class PagePicture:
                 cell.kind = Kind.COMPLETE
             elif now == 0:  # discarded
                 cell.kind = Kind.MISSING
-        self._demand_pages, self._looked = demand_pages, True
+        self._demand_pages, self._looked, self.complete = demand_pages, True, complete
 
     def _attribute(self, fresh: Sequence[int], demand_pages: int) -> None:
         """Says of every cell with fresh pages how they came: the loneliest first on demand."""
@@ -114,9 +115,15 @@ class PagePicture:
             elif cell.kind is not Kind.DEMAND:
                 cell.kind = Kind.STREAM
 
+    def columns_within(self, width: int) -> int:
+        """So many that all rows are of about one length."""
+        row_count = -(-len(self.cells) // width)
+        return -(-len(self.cells) // max(1, row_count))
+
     def rows(self, columns: int, plain: bool) -> list[Text]:
         """The cells, so many a row. plain: letters instead of blocks and colours."""
-        return [_row(self.cells[start : start + columns], plain) for start in range(0, len(self.cells), columns)]
+        starts = range(0, len(self.cells), max(1, columns))
+        return [_row(self.cells[start : start + columns], plain) for start in starts]
 
     def legend(self, plain: bool) -> Text:
         """Only the kinds that are to be seen."""
@@ -171,7 +178,10 @@ class ProgressView:
         """One look; bitmap_of reads a received bitmap, as StatusReader.bitmap does."""
         self._report = report
         for block in report.blocks:
-            self._pictures.setdefault(block.idstr, PagePicture(self._cells)).update(
+            picture = self._pictures.setdefault(block.idstr, PagePicture(self._cells))
+            if picture.complete and block.state == "END":  # nothing changes any more, and a bitmap can be large
+                continue
+            picture.update(
                 received=bitmap_of(block),
                 page_count=block.page_count,
                 demand_pages=block.demand_pages,
@@ -188,7 +198,8 @@ class ProgressView:
             return text
         for block in self._report.blocks:
             text.append(f"  {block.idstr} ").append("▕" if not plain else "|", style="dim")
-            text.append_text(*self._pictures[block.idstr].rows(self._cells, plain))
+            for row in self._pictures[block.idstr].rows(self._cells, plain):  # one, or none of an empty block
+                text.append_text(row)
             text.append("▏" if not plain else "|", style="dim")
             text.append(f" {percent_text(block.fraction)}")
             if block.state == "PAUSED":
@@ -202,7 +213,7 @@ class ProgressView:
         plain = is_plain(console)
         for block in self._report.blocks:
             picture = self._pictures[block.idstr]
-            columns = min(options.max_width, PICTURE_COLUMNS_MAX)
+            columns = picture.columns_within(min(options.max_width, PICTURE_COLUMNS_MAX))
             yield Group(block_line(block), *picture.rows(columns, plain), picture.legend(plain))
 
 

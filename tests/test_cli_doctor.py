@@ -1,0 +1,110 @@
+"""pcshare doctor: run for real, as root or not, with userfaultfd and without."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import support_seccomp
+from pcshare import probe
+
+needs_seccomp = pytest.mark.skipif(not support_seccomp.is_supported(), reason="no filter for this machine")
+
+
+def _doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pcshare", "doctor", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def _object(stdout: str) -> dict[str, Any]:
+    (line,) = stdout.splitlines()  # one object, and nothing else on stdout
+    told = json.loads(line)
+    assert isinstance(told, dict)
+    return told
+
+
+def test_doctor_finds_that_the_main_job_works_here() -> None:
+    done = _doctor()
+    assert done.returncode == 0, done.stderr
+    assert "The main job works for this user here." in done.stdout
+    assert done.stderr == ""
+    for what in ("userfaultfd", "features", "ioctls", "seccomp", "kernel", "huge pages", "memlock", "capabilities"):
+        assert what in done.stdout
+
+
+def test_json_is_one_object_with_every_finding() -> None:
+    done = _doctor("--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    told = _object(done.stdout)
+    assert told["ok"] is True
+    assert told["access"].keys() == {"root", "this_user", "other_users"}
+    assert told["host"]["uid"] == os.geteuid()
+    assert told["host"]["features"] == list(probe.examine_host().features)
+    for finding in told["findings"]:
+        assert finding.keys() == {"what", "state", "found", "for_whom", "mend"}
+        assert finding["state"] in ("ok", "warn", "bad")
+        assert (finding["state"] == "ok") == (finding["mend"] == "")
+
+
+def test_commands_that_mend_are_printed_whole() -> None:
+    """A command that is broken over two lines cannot be copied."""
+    mends = [finding["mend"] for finding in _object(_doctor("--json").stdout)["findings"] if finding["mend"]]
+    shown = _doctor().stdout
+    for mend in mends:
+        assert mend in shown
+
+
+def test_help_shows_examples() -> None:
+    done = _doctor("--help")
+    assert done.returncode == 0
+    assert "pcshare doctor --json" in done.stdout
+
+
+def test_unknown_option_is_wrong_usage() -> None:
+    assert _doctor("--nonsense").returncode == 2
+
+
+@needs_seccomp
+@pytest.mark.parametrize("answer", ["EPERM", "ENOSYS", "kill"])
+def test_doctor_without_userfaultfd_exits_3_and_names_the_cure(answer: str) -> None:
+    """A8."""
+    done = support_seccomp.run_without_userfaultfd(["-m", "pcshare", "doctor", "--json"], answer)
+    assert (done.returncode, done.stderr) == (3, "")
+    told = _object(done.stdout)
+    assert told["ok"] is False
+    assert told["access"]["this_user"] == "none"
+    bad = {finding["what"]: finding for finding in told["findings"] if finding["state"] == "bad"}
+    assert bad.keys() == {"userfaultfd", "seccomp"}
+    assert "docker run --device /dev/userfaultfd" in bad["seccomp"]["mend"]
+
+
+@needs_seccomp
+def test_doctor_for_people_says_that_it_does_not_work() -> None:
+    """A8."""
+    done = support_seccomp.run_without_userfaultfd(["-m", "pcshare", "doctor"])
+    assert done.returncode == 3
+    assert "The main job does not work for this user here." in done.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="changing the user needs root")
+def test_doctor_as_an_unprivileged_user_tells_what_he_gets() -> None:
+    code = (
+        "import os, sys; from pcshare.cli import main; from pcshare import probe; from pcshare.cli import doctor\n"
+        "import rich.console, rich.table, rich.text\n"  # what he may not read is loaded before
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "os.environ['XDG_RUNTIME_DIR'] = ''\n"
+        "sys.exit(main(['doctor', '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    told = _object(done.stdout)
+    findings = {finding["what"]: finding for finding in told["findings"]}
+    served = findings["where faults are served"]
+    assert told["access"]["this_user"] == (probe.FULL if served["state"] == "ok" else probe.USER_MODE)
+    if served["state"] == "warn":
+        assert "vm.unprivileged_userfaultfd=1" in served["mend"]

@@ -1,0 +1,265 @@
+"""The grammar of sources, as docs/reference/sources.md tells it. No file is touched here."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pcshare.errors import UsageError
+from pcshare.sources import FilterSpec, SourceSpec, open_source, parse_argument, parse_arguments
+from pcshare.sources.filters import DELAY_US_MAX, RESERVED_ERRORS
+from pcshare.sources.grammar import BLOCK_NAME, BLOCK_NAME_MAX, KNOWN_SCHEMES, SOURCE_LENGTH_MAX
+
+NO_FILTERS = FilterSpec()
+
+
+@pytest.mark.parametrize(
+    ("text", "block", "scheme", "target"),
+    [
+        ("big.npy", "big", "file", "big.npy"),
+        ("dir/big.npy", "big", "file", "dir/big.npy"),
+        ("/abs/a.tar.gz", "a.tar", "file", "/abs/a.tar.gz"),
+        ("weights=big.npy", "weights", "file", "big.npy"),
+        ("a-b.c_1=x", "a-b.c_1", "file", "x"),
+        ("w=a=b", "w", "file", "a=b"),
+        ("./a=b.bin", "a_b", "file", "./a=b.bin"),
+        ("/data/a=b.bin", "a_b", "file", "/data/a=b.bin"),
+        ("=b", "_b", "file", "=b"),
+        ("file:big.npy", "big", "file", "big.npy"),
+        ("FILE:big.npy", "big", "file", "big.npy"),
+        ("file:/abs/big.npy", "big", "file", "/abs/big.npy"),
+        ("file:///abs/big.npy", "big", "file", "/abs/big.npy"),
+        ("file://localhost/abs/big.npy", "big", "file", "/abs/big.npy"),
+        ("w=file:a=b", "w", "file", "a=b"),
+        ("file:a=b", "a_b", "file", "a=b"),
+        ("file:a%23b%2Cc%25d", "a_b_c_d", "file", "a#b,c%d"),
+        ("file:a?b+c", "a_b_c", "file", "a?b+c"),
+        ("file:x:y", "x_y", "file", "x:y"),
+        ("./x:y", "x_y", "file", "./x:y"),
+        ("a%23b", "a_23b", "file", "a%23b"),
+        ("a#b.npy", "a_b", "file", "a#b.npy"),
+        ("a#1=2", "a_1_2", "file", "a#1=2"),
+        ("a#", "a_", "file", "a#"),
+        (".hidden", ".hidden", "file", ".hidden"),
+        ("dir/", "dir", "file", "dir/"),
+        ("größe.npy", "gr_e", "file", "größe.npy"),
+        ("\u65e5\u672c.npy", "block", "file", "\u65e5\u672c.npy"),
+        ("/", "block", "file", "/"),
+        ("zero:64M", "zero", "zero", "64M"),
+        ("scratch=zero:4096", "scratch", "zero", "4096"),
+    ],
+)
+def test_source_without_filters(text: str, block: str, scheme: str, target: str) -> None:
+    assert parse_argument(text) == SourceSpec(block, scheme, target, NO_FILTERS, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "filters"),
+    [
+        ("big.npy#delay=2ms", "big.npy", FilterSpec(delay_us=2000)),
+        ("w=big.npy#rate=200M", "big.npy", FilterSpec(rate=200 << 20)),
+        ("big.npy#error=EIO@fail", "big.npy", FilterSpec(error_errno=errno.EIO, error_path="fail")),
+        (
+            "big.npy#delay=2ms&rate=200M&error=ENODATA@/run/fail",
+            "big.npy",
+            FilterSpec(2000, 200 << 20, errno.ENODATA, "/run/fail"),
+        ),
+        ("a#b.npy#delay=1s", "a#b.npy", FilterSpec(delay_us=1_000_000)),
+        ("file:a%23b.npy#delay=1s", "a#b.npy", FilterSpec(delay_us=1_000_000)),
+        ("big.npy#error=EIO@a%26b%23c", "big.npy", FilterSpec(error_errno=errno.EIO, error_path="a&b#c")),
+        ("big.npy#error=EIO@a:b=c@d#e", "big.npy", FilterSpec(error_errno=errno.EIO, error_path="a:b=c@d#e")),
+        ("zero:4K#delay=1us", "4K", FilterSpec(delay_us=1)),
+    ],
+)
+def test_filters_follow_the_source(text: str, target: str, filters: FilterSpec) -> None:
+    spec = parse_argument(text)
+    assert (spec.target, spec.filters, bool(spec.filters)) == (target, filters, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "source in '' is empty"),
+        ("data=", "source in 'data=' is empty"),
+        ("file:", "no path in 'file:'"),
+        ("file:#delay=2ms", "no path in"),
+        ("#delay=2ms", "no path before the filters"),
+        ("a\0b", "NUL"),
+        ("file:a%00b", "NUL"),
+        ("\ud800", "no text that can name a file"),
+        ("file:%zz", "not followed by two hexadecimal digits"),
+        ("file:50%", "not followed by two hexadecimal digits"),
+        ("file://host/abs", "names the host 'host'"),
+        ("file://localhost", "names the host 'localhost'"),
+        ("file:a#", "unknown filter ''"),
+        ("file:a#b", "unknown filter 'b'"),
+        ("a#dealy=2ms", "unknown filter 'dealy=2ms'"),
+        ("a#delay=2ms&", "unknown filter ''"),
+        ("a#delay=2ms&delay=3ms", "'delay' is given twice"),
+        ("a#delay=", "'delay=' is not right"),
+        ("a#delay=2x", "'delay=2x' is not right"),
+        ("a#delay=0s", "'delay=0s' is not right"),
+        ("a#delay=2h", "'delay=2h' is not right"),
+        ("a#delay=" + "9" * 5000, "is not right"),
+        ("a#rate=0", "'rate=0' is not right"),
+        ("a#rate=fast", "'rate=fast' is not right"),
+        ("a#rate=2T", "'rate=2T' is not right"),
+        ("a#rate=" + "9" * 5000, "is not right"),
+        ("a#error=EIO", "'error=EIO' is not right"),
+        ("a#error=EIO@", "'error=EIO@' is not right"),
+        ("a#error=EWHAT@f", "'error=EWHAT@f' is not right"),
+        ("a#error=errorcode@f", "is not right"),
+        ("a#error=5@f", "is not right"),
+        ("a#error=ECANCELED@f", "is not right"),
+        ("a#error=EIO@%", "not followed by two hexadecimal digits"),
+        ("zero:", "size in 'zero:' is not right"),
+        ("zero:many", "size in 'zero:many' is not right"),
+        ("zero:-1", "size in 'zero:-1' is not right"),
+        ("zero:0", "asks for 0 bytes"),
+        ("zero:65T", "asks for"),
+        ("zero:" + "9" * 5000, "is not right"),
+        ("x" * 64 + "=a", "longer than 63 bytes"),
+    ],
+)
+def test_refusal_says_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parse_argument(text)
+
+
+@pytest.mark.parametrize("text", ["a#delay=2x", "zero:many", "file:%zz", "a,b", "nbd://h/e", "data=", "a#x=1"])
+def test_refusal_has_a_cure(text: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        parse_argument(text)
+    assert refusal.value.hint
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nbd://host/e",
+        "w=nbd://host/e",
+        "exec:cat x",
+        "s3://bucket/key",
+        "https://host/x",
+        "host:x",
+        "me@host:x",
+        "big:#delay=2ms",
+    ],
+)
+def test_unknown_scheme_names_the_known_ones(text: str) -> None:
+    with pytest.raises(UsageError, match="unknown kind of source") as refusal:
+        parse_argument(text)
+    assert all(f"{scheme}:" in str(refusal.value) for scheme in KNOWN_SCHEMES)
+
+
+def test_unknown_scheme_in_a_handmade_spec_is_refused_at_open() -> None:
+    with pytest.raises(UsageError, match="unknown kind of source 'tape'"):
+        open_source(SourceSpec("b", "tape", "x", NO_FILTERS, "tape:x"))
+
+
+@pytest.mark.parametrize("text", ["a.npy,b.npy", "w=a.npy,b.npy", "file:a,file:b", "zero:4K,zero:4K"])
+def test_equivalent_sources_are_refused_by_name(text: str) -> None:
+    with pytest.raises(UsageError, match="2 equivalent sources") as refusal:
+        parse_argument(text)
+    assert "%2C" in str(refusal.value)
+
+
+def test_comma_in_a_path_is_written_percent_encoded() -> None:
+    assert parse_argument("file:a%2Cb.npy").target == "a,b.npy"
+
+
+def test_undecodable_bytes_of_a_path_survive() -> None:
+    path = os.fsdecode(b"/d/\xff.bin")
+    assert os.fsencode(parse_argument(path).target) == b"/d/\xff.bin"
+    assert os.fsencode(parse_argument("file:/d/%FF.bin").target) == b"/d/\xff.bin"
+
+
+def test_every_reserved_error_is_refused() -> None:
+    for number in RESERVED_ERRORS:
+        with pytest.raises(UsageError):
+            parse_argument(f"a#error={errno.errorcode[number]}@f")
+
+
+def test_limits_themselves_are_accepted() -> None:
+    assert parse_argument(f"zero:{SOURCE_LENGTH_MAX}").target == str(SOURCE_LENGTH_MAX)
+    assert parse_argument(f"a#delay={DELAY_US_MAX // 1_000_000}s").filters.delay_us == DELAY_US_MAX
+    assert parse_argument("x" * BLOCK_NAME_MAX + "=a").block == "x" * BLOCK_NAME_MAX
+
+
+def test_name_taken_from_a_long_file_name_is_cut_to_the_limit() -> None:
+    assert parse_argument("y" * 200 + ".npy").block == "y" * BLOCK_NAME_MAX
+
+
+def test_name_limit_is_that_of_the_wire() -> None:
+    wire = (Path(__file__).parent.parent / "pcshare" / "core" / "wire.h").read_text()
+    limit = re.search(r"WIRE_IDSTR_MAX = (\d+)", wire)
+    assert limit
+    assert int(limit[1]) - 1 == BLOCK_NAME_MAX
+
+
+def test_documented_arguments_have_the_documented_names_and_sources() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "reference" / "sources.md").read_text()
+    table = page.split("| argument | block | source |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \| `([^`]+)` \|$", table, re.MULTILINE)
+    assert len(rows) >= 7
+    for argument, block, source in rows:
+        spec = parse_argument(argument)
+        assert (spec.block, spec.target) == (block, source.removeprefix("zero:"))
+
+
+def test_arguments_keep_their_order() -> None:
+    assert [s.block for s in parse_arguments(["b=x", "a=y", "zero:1"])] == ["b", "a", "zero"]
+
+
+def test_duplicate_block_names_are_refused_with_both_sources() -> None:
+    with pytest.raises(UsageError, match="both block 'x'") as refusal:
+        parse_arguments(["a/x.npy", "b/x.npy"])
+    assert "a/x.npy" in str(refusal.value)
+    assert "b/x.npy" in str(refusal.value)
+    assert "NAME=SOURCE" in str(refusal.value)
+
+
+def test_random_arguments_give_a_spec_or_a_usage_error() -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    pieces = [
+        *"=#&,:/%@.\0 0aZ\u00fc\udcff",
+        "file:",
+        "zero:",
+        "4K",
+        "delay=",
+        "rate=",
+        "error=EIO@",
+        "2ms",
+        "//",
+        "%41",
+    ]
+    parsed = 0
+    for _ in range(20_000):
+        text = "".join(rng.choices(pieces, k=rng.randrange(8)))
+        try:
+            spec = parse_argument(text)
+        except UsageError:
+            continue
+        parsed += 1
+        assert BLOCK_NAME.fullmatch(spec.block), text
+        assert spec.scheme in KNOWN_SCHEMES, text
+        assert spec.target, text
+        assert "\0" not in spec.target, text
+    assert parsed > 1000
+
+
+def test_parsing_needs_no_compiled_module() -> None:
+    program = (
+        "import sys, pcshare.sources as s; s.parse_argument('a#delay=1s'); print('pcshare.core._core' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.strip() == "False"
