@@ -7,6 +7,8 @@ else is in pyproject.toml.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -100,6 +102,15 @@ def is_older(target: Path, inputs: Sequence[Path]) -> bool:
         return any(path.stat().st_mtime_ns > made_ns for path in inputs)
     except FileNotFoundError:
         return True
+
+
+@contextlib.contextmanager
+def one_build_at_a_time() -> Iterator[None]:
+    """Two installs from one checkout would write into each other's objects."""
+    Path("build").mkdir(exist_ok=True)
+    with open("build/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def is_copy(target: Path, source: Path) -> bool:
@@ -208,7 +219,10 @@ class BuildCore(build_ext):
 
     def run(self) -> None:
         check_tools()
-        workshop = Workshop()
+        with one_build_at_a_time():
+            self._build(Workshop())
+
+    def _build(self, workshop: Workshop) -> None:
         core = core_build.core_sources()
         mains = core_build.main_sources()
         helpers = helper_sources()

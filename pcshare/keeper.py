@@ -53,18 +53,25 @@ class Keeper:
     def __init__(self, socket_fd: OwnedFd, process: subprocess.Popen[bytes] | None = None) -> None:
         self._process = process
         keeper = ffi.new("struct keeper **")
-        check(lib.keeper_connect(keeper, socket_fd.detach()), "connecting to the keeper")
+        rc = lib.keeper_connect(keeper, socket_fd.detach())
+        if rc < 0 and process is not None:
+            process.wait()  # its socket is closed
+        check(rc, "connecting to the keeper")
         self.pointer: Any = keeper[0]
+        # Its end, not its socket, is what to watch: an answer that a fault thread waits for makes that readable too.
+        self._pidfd = OwnedFd(os.pidfd_open(self.pid))
 
     @classmethod
     def spawn(cls) -> Keeper:
         """A keeper of its own for a coordinator that is not its child."""
+        path = executable()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            process = subprocess.Popen(
-                [executable(), "--serve", str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-            )
-        return cls(OwnedFd(ours.detach()), process)
+        with OwnedFd(ours.detach()) as ours_fd:
+            with theirs:
+                process = subprocess.Popen(
+                    [path, "--serve", str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                )
+            return cls(OwnedFd(ours_fd.detach()), process)
 
     @property
     def pid(self) -> int:
@@ -72,12 +79,13 @@ class Keeper:
 
     def fileno(self) -> int:
         """Readable when the keeper is gone."""
-        return int(lib.keeper_socket(self.pointer))
+        return self._pidfd.fileno()
 
     def close(self) -> None:
         """Lets the keeper end. Twice is fine; blocks go first."""
         lib.keeper_free(self.pointer)
         self.pointer = ffi.NULL
+        self._pidfd.close()
         if self._process is not None:
             self._process.wait()
             self._process = None

@@ -26,6 +26,7 @@ FDS_MAX = 4  # as WIRE_FDS_MAX
 BACKLOG = 512  # who starts a thousand helpers at once
 _INT_BYTES = array.array("i").itemsize
 _UCRED = struct.Struct("iII")
+_TIMEVAL = struct.Struct("ll")
 
 
 @dataclass(frozen=True)
@@ -122,19 +123,25 @@ class Connection:
         self.close()
 
 
+def _timeval(timeout_s: float) -> bytes:
+    us = max(1, round(timeout_s * 1_000_000))  # 0 would be for ever
+    return _TIMEVAL.pack(us // 1_000_000, us % 1_000_000)
+
+
 def connect(path: str, timeout_s: float) -> Connection:
     """To the coordinator that listens there. NoSuchCoordinator: nobody does; AttachTimeout: it does not take
     connections."""
     end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        end.settimeout(timeout_s)
+        # A full backlog: a socket that does not block is told EAGAIN at once, one with this option waits so long.
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout_s))
         end.connect(path)
     except (FileNotFoundError, ConnectionRefusedError) as error:
         end.close()
         raise NoSuchCoordinator(
             f"nobody listens on {path}", errno=error.errno, hint=NoSuchCoordinator.usual_hint
         ) from None
-    except TimeoutError:
+    except (TimeoutError, BlockingIOError):
         end.close()
         raise AttachTimeout(
             f"{path} takes no connection within {timeout_s:g} s", errno=errno.ETIMEDOUT, hint=AttachTimeout.usual_hint

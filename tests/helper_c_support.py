@@ -1,6 +1,6 @@
-"""helper_c_support: the two C programs that test the helper's side: a small coordinator, and a helper that does what it is told.
+"""helper_c_support: the two C programs that test the helper's side: a small coordinator, and a helper that obeys.
 
-Both are driven line by line over pipes; whoever waits for something waits for its line. They die with the test's process.
+Both are driven line by line over pipes; who waits for something waits for its line. They die with the test's process.
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from support import wait_until
+
 TESTS = Path(__file__).resolve().parent
 CORE = TESTS.parent / "pcshare" / "core"
-LIBRARY = (*sorted(CORE.glob("helper*.c")), *(CORE / f"{name}.c" for name in ("bitmap", "uffd", "status_segment", "fd_message")))
+LIBRARY = (
+    *sorted(CORE.glob("helper*.c")),
+    *(CORE / f"{name}.c" for name in ("bitmap", "uffd", "status_segment", "fd_message")),
+)
 FLAGS = ("-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{CORE}")
 SANITIZERS = {
     "plain": (),
@@ -90,7 +95,9 @@ class Program:
             try:
                 line = self.lines.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                raise AssertionError(f"waited in vain for {what}; there was {self.seen}; stderr: {self.errors}") from None
+                raise AssertionError(
+                    f"waited in vain for {what}; there was {self.seen}; stderr: {self.errors}"
+                ) from None
             if wanted(line):
                 return line
             self.seen.append(line)
@@ -122,8 +129,17 @@ class Program:
 class SmallCoordinator(Program):
     """tests/c/small_coordinator.c."""
 
-    def __init__(self, program: Path, socket: Path, *, pages: int = 16, tail: int = 4096, page_size: int = 4096,
-                 orphan_ms: int = 0, options: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        program: Path,
+        socket: Path,
+        *,
+        pages: int = 16,
+        tail: int = 4096,
+        page_size: int = 4096,
+        orphan_ms: int = 0,
+        options: tuple[str, ...] = (),
+    ) -> None:
         super().__init__(program, socket, str(pages), str(tail), str(page_size), str(orphan_ms), *options)
         self.pid = self._served()
 
@@ -131,11 +147,18 @@ class SmallCoordinator(Program):
         return int(self.event("serving").split()[1])
 
     def event(self, prefix: str) -> str:
-        return self.wait_line(lambda line: line == prefix or line.startswith(prefix + " "), f"the coordinator's {prefix!r}")
+        return self.wait_line(
+            lambda line: line == prefix or line.startswith(prefix + " "), f"the coordinator's {prefix!r}"
+        )
 
     def do(self, command: str) -> None:
         self.write(command)
         self.event(f"done {command}")
+
+    def total(self, prefix: str) -> int:
+        """How many events until now, not asked for, begin with prefix."""
+        self.do("sync")
+        return self.count(prefix)
 
     def kill(self) -> None:
         os.kill(self.pid, 9)
@@ -178,3 +201,5 @@ class Helper(Program):
     def attach(self, slot: int = 0, mode: str = "ro", timeout_ms: int = 20000, place: str = "") -> None:
         answer = self.do(f"attach {slot} {mode} {timeout_ms} {place}")
         assert answer.split()[0] == "0", answer
+        # Under the address sanitizer a fork must not meet a thread that starts: its allocator's locks would stay.
+        wait_until(lambda: self.number(f"state {slot}") == COMPLETE or self.number("sentinels") == 1, "the sentinel")

@@ -124,7 +124,7 @@ class Helper:
         except subprocess.TimeoutExpired:
             self.process.kill()
             out, err = self.process.communicate()
-            pytest.fail(f"{self.process.args} did not end within {timeout_s:g} s; it said {out!r} {err!r}")
+            pytest.fail(f"{self.process.args!r} did not end within {timeout_s:g} s; it said {out!r} {err!r}")
         lines = out.splitlines()
         report = json.loads(lines[-1]) if lines else {}
         return Finished(self.process.returncode, report, err)

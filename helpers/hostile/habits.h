@@ -25,9 +25,9 @@ enum {
     BYTES_OF_ST_BLOCKS = 512,   /* whatever the file system's blocks are */
 };
 
-static int attach(struct scene *s, struct pcshare_attachment **ap)
+static int attach(struct scene *s, struct pcshare_attachment **ap, uint32_t mode)
 {
-    int rc = pcshare_attach(ap, s->socket_path, s->idstr, PCSHARE_RO, RAW_ANSWER_TIMEOUT_MS, NULL, 0);
+    int rc = pcshare_attach(ap, s->socket_path, s->idstr, mode, RAW_ANSWER_TIMEOUT_MS, NULL, 0);
     return rc ? scene_end(s, CANNOT, "cannot", "attach: %s", pcshare_error_text()) : 0;
 }
 
@@ -64,11 +64,13 @@ static int hostile_profiled(struct scene *s)
     sigaction(SIGPROF, &action, NULL);
     if (timer_create(CLOCK_MONOTONIC, &event, &timer) || timer_settime(timer, 0, &period, NULL))
         return scene_end(s, CANNOT, "cannot", "timer: %s", strerror(errno));
-    TRY(attach(s, &a));
+    TRY(attach(s, &a, PCSHARE_RO));
     TRY(use(s, a, HABIT_PAGES));
     timer_delete(timer);
     pcshare_detach(a, 0);
     s->attempts = (uint64_t)n_samples;
+    if (!n_samples)
+        return scene_end(s, CANNOT, "cannot", "the timer took no sample");
     return scene_end_if_others_go_on(s, "served", "between the samples");
 }
 
@@ -80,21 +82,32 @@ static int allow_locking(struct scene *s, int flags)
     return mlockall(flags) ? scene_end(s, CANNOT, "cannot", "mlockall: %s", strerror(errno)) : 0;
 }
 
-static int hostile_mlockall_before(struct scene *s)
+/* A private mapping that becomes writable under MCL_FUTURE is filled at once: who serves must be told of it before. */
+static int attach_locked(struct scene *s, uint32_t mode)
 {
     struct pcshare_attachment *a;
     TRY(allow_locking(s, MCL_FUTURE));
-    TRY(attach(s, &a));
+    TRY(attach(s, &a, mode));
     TRY(use(s, a, HABIT_PAGES));
     pcshare_detach(a, 0);
     munlockall();
-    return scene_end_if_others_go_on(s, "served", "with memory locked before it attached");
+    return scene_end(s, WELL, "served", "with memory locked before it attached");
+}
+
+static int hostile_mlockall_before(struct scene *s)
+{
+    return attach_locked(s, PCSHARE_RO);
+}
+
+static int hostile_mlockall_before_cow(struct scene *s)
+{
+    return attach_locked(s, PCSHARE_COW);
 }
 
 static int hostile_mlockall_after(struct scene *s)
 {
     struct pcshare_attachment *a;
-    TRY(attach(s, &a));
+    TRY(attach(s, &a, PCSHARE_RO));
     TRY(allow_locking(s, MCL_CURRENT)); /* waits until every page has come */
     TRY(use(s, a, HABIT_PAGES));
     pcshare_detach(a, 0);
@@ -109,7 +122,7 @@ static int dump_core(struct scene *s)
     const struct rlimit all = {RLIM_INFINITY, RLIM_INFINITY};
     struct pcshare_attachment *a;
     setrlimit(RLIMIT_CORE, &all);
-    TRY(attach(s, &a));
+    TRY(attach(s, &a, PCSHARE_RO));
     TRY(use(s, a, 1));
     if (chdir(core_directory))
         return CANNOT;
@@ -165,7 +178,7 @@ static int exec_idle(void)
 static int exec_attached(struct scene *s)
 {
     struct pcshare_attachment *a;
-    TRY(attach(s, &a));
+    TRY(attach(s, &a, PCSHARE_RO));
     TRY(use(s, a, 1));
     return exec_idle();
 }

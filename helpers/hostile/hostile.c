@@ -97,6 +97,7 @@ static const struct row rows[] = {
     {"adds-seals", hostile_adds_seals, RW, 0, "seals a writable block against the writers to come"},
     {"profiled", hostile_profiled, RO, 0, "a 1 kHz timer interrupts it while it waits"},
     {"mlockall-before", hostile_mlockall_before, RO, 0, "mlockall(MCL_FUTURE), then attaches"},
+    {"mlockall-before-cow", hostile_mlockall_before_cow, RO, 0, "the same with a private writable mapping"},
     {"mlockall-after", hostile_mlockall_after, RO, 0, "attaches, then mlockall(MCL_CURRENT)"},
     {"dumps-core", hostile_dumps_core, RO, 0, "aborts with a core dump while it is attached"},
     {"execs", hostile_execs, RO, 0, "becomes another program while it is attached"},

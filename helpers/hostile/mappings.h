@@ -1,5 +1,6 @@
-/* mappings: helpers that change their mapping, or make another one. Those that plant a zero page do so against the rules;
- * it must be found when the page is asked for, counted, and, in a read-only block, overwritten with the right bytes.
+/* mappings: helpers that change their mapping, or make another one. Those that plant a zero page do so against the
+ * rules; it must be found when the page is asked for, counted, and, in a read-only block, overwritten with the
+ * right bytes.
  */
 #ifndef PCSHARE_HOSTILE_MAPPINGS_H
 #define PCSHARE_HOSTILE_MAPPINGS_H

@@ -5,8 +5,11 @@ It must not act on anything, and imports nothing heavy.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -24,6 +27,7 @@ else:  # generic for type checkers only, and in older versions of click not even
 STREAM_MODES = {"eager": 0, "lazy": 1, "rate": 2, "paused": 3}
 
 PAGE_SIZES = (4 << 10, 2 << 20)
+EXIT_SIGNAL = 128
 
 
 class _Parsed(_ParamType):
@@ -64,6 +68,7 @@ def parse_page_size(text: str) -> int:
 
 STREAM = _Parsed("stream", parse_stream)
 RATE = _Parsed("rate", units.parse_rate)
+SIZE = _Parsed("size", units.parse_size)
 PAGE_SIZE = _Parsed("size", parse_page_size)
 DURATION = _Parsed("duration", units.parse_duration)
 NAME = _Parsed("name", runtime.check_name)
@@ -138,6 +143,21 @@ def coordinator_options(function: Decorated) -> Decorated:
 def print_json(told: Mapping[str, Any]) -> None:
     """One object on one line."""
     click.echo(json.dumps(told))
+
+
+@contextlib.contextmanager
+def ending_signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what runs inside as Ctrl-C does: processes and files that it made go too."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(EXIT_SIGNAL + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def operator_socket(name: str, socket_path: str | None) -> str:

@@ -6,6 +6,7 @@ fault.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import logging
@@ -37,7 +38,7 @@ from pcshare.transport import Listener
 log = logging.getLogger("pcshare")
 
 REAP_INTERVAL_S = 0.25  # how soon after its death a helper without a socket is let go
-HANDSHAKES_MAX = 256  # connections that have not attached yet; more wait in the backlog
+HANDSHAKES_MAX = 256  # connections that have not attached yet
 SOCKET_MODE, SHARED_SOCKET_MODE = 0o600, 0o666  # shared: SO_PEERCRED decides
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -240,8 +241,18 @@ class Server:
         )
         self._handshakes[connection.fileno()] = handshake
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._step(handshake))
-        if len(self._handshakes) >= HANDSHAKES_MAX:
-            self._accept_more(False)
+        if len(self._handshakes) > HANDSHAKES_MAX:
+            self._drop_greediest()
+
+    def _drop_greediest(self) -> None:
+        """Makes room: the oldest connection of the process that has most of them."""
+        pids = {number: one.connection.credentials().pid for number, one in self._handshakes.items()}
+        counts = collections.Counter(pids.values())
+        self._give_up(max(pids, key=lambda number: counts[pids[number]]))
+
+    def _give_up(self, number: int) -> None:
+        self._selector.unregister(number)
+        self._handshakes.pop(number).time_out()
 
     def _step(self, handshake: Handshake) -> None:
         number = handshake.connection.fileno()
@@ -256,10 +267,8 @@ class Server:
         now = time.monotonic()
         for number, handshake in list(self._handshakes.items()):
             if handshake.deadline <= now:
-                self._selector.unregister(number)
-                del self._handshakes[number]
-                handshake.time_out()
-        if not self._accepting and len(self._handshakes) < HANDSHAKES_MAX:
+                self._give_up(number)
+        if not self._accepting:
             self._accept_more(True)
 
     def _drop_handshakes(self) -> None:

@@ -58,8 +58,8 @@ struct pcshare_progress {
 /* Attaches once, without waiting for a coordinator to appear. idstr NULL or "": the only block. mode 0: what the block
  * is. map_at NULL, or an existing mapping of the caller's of map_at_length bytes to be replaced (aligned to the block's
  * page size, its map_length long; pcshare_detach gives it back as an inaccessible mapping): pcshare_peek tells these
- * first. -ESTALE: the block has another length by now. -ENOENT, -ECONNREFUSED: nobody listens (yet); -ETIMEDOUT;
- * -EINTR; else see pcshare_error_text(). */
+ * first. -ESTALE: the block has another length by now. -ENOENT, -ECONNREFUSED: nobody listens (yet); -EAGAIN: too many
+ * helpers wait for the coordinator to accept them; -ETIMEDOUT; -EINTR; else see pcshare_error_text(). */
 int pcshare_attach(struct pcshare_attachment **ap, const char *socket_path, const char *idstr, uint32_t mode,
                    int64_t timeout_ms, void *map_at, uint64_t map_at_length);
 /* What attaching would find; keeps nothing. */
@@ -78,12 +78,13 @@ int pcshare_state(const struct pcshare_attachment *a);
  * for ever. */
 int pcshare_ensure(struct pcshare_attachment *a, uint64_t offset, uint64_t length, int64_t timeout_ms,
                    uint64_t *lost_offsetp, uint64_t *lost_lengthp);
-/* The same without waiting. */
+/* The same without waiting. A hint: it is dropped while the coordinator is away or does not keep up. */
 int pcshare_prefetch(struct pcshare_attachment *a, uint64_t offset, uint64_t length);
-/* Whether every page of the range is here (or a hole of the source that is known to be complete). */
+/* 1: every page of the range is here; 0; -EINVAL: outside the block. */
 int pcshare_is_received(const struct pcshare_attachment *a, uint64_t offset, uint64_t length);
 void pcshare_get_progress(const struct pcshare_attachment *a, struct pcshare_progress *progress);
-/* Waits until the progress is no longer the one of seq, or the attachment's state changes. 0; -ETIMEDOUT; -EINTR. */
+/* Waits until the progress is no longer the one of seq, or the attachment's state changes. 0, at once if it is complete
+ * or lost; -ETIMEDOUT; -EINTR. */
 int pcshare_wait_progress(const struct pcshare_attachment *a, uint32_t seq, int64_t timeout_ms);
 
 /* What went wrong in this thread's last failed call, with the cure where there is one. Never NULL. */

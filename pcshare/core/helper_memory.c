@@ -94,8 +94,7 @@ static int any_memory_is_locked(void)
     return kilobytes > 0;
 }
 
-/* Whether mlockall(MCL_FUTURE) has locked the mapping at data. Only a process that locks memory pays for a long look.
- */
+/* Whether mlockall(MCL_FUTURE) has locked the mapping at data. Only who locks memory pays for the long look. */
 static int is_locked(const void *data)
 {
     FILE *smaps = any_memory_is_locked() ? fopen("/proc/self/smaps", "re") : NULL;

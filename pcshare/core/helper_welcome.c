@@ -169,6 +169,12 @@ static int check_welcome(const struct pcshare_attachment *a, const struct link_m
                  : 0;
 }
 
+/* What no clock can count is for ever. */
+static uint64_t orphan_timeout_of(const struct wire_welcome *w)
+{
+    return w->orphan_timeout_ms > INT64_MAX / 2 ? 0 : w->orphan_timeout_ms;
+}
+
 static void fill_info(struct pcshare_info *info, const struct wire_welcome *w)
 {
     *info = (struct pcshare_info){
@@ -201,7 +207,7 @@ int link_accept_welcome(struct pcshare_attachment *a, struct link_message *m, in
     if (rc == 0) {
         fill_info(&a->info, w);
         a->features = w->features;
-        a->orphan_timeout_ms = w->orphan_timeout_ms;
+        a->orphan_timeout_ms = orphan_timeout_of(w);
         a->memfd_device = st.st_dev;
         a->memfd_inode = st.st_ino;
         a->memfd = fd_steal(&m->fds[0]);
@@ -251,7 +257,7 @@ int link_recognise_welcome(struct pcshare_attachment *a, struct link_message *m,
     if (rc == 0)
         rc = renew_view(a, m);
     if (rc == 0) {
-        a->orphan_timeout_ms = m->body.welcome.orphan_timeout_ms;
+        a->orphan_timeout_ms = orphan_timeout_of(&m->body.welcome);
         *is_completep = (m->body.welcome.flags & WIRE_WELCOME_COMPLETE) != 0;
     }
     link_message_close(m);

@@ -102,11 +102,6 @@ uint32_t keeper_pid(const struct keeper *k)
     return k->pid;
 }
 
-int keeper_socket(const struct keeper *k)
-{
-    return k->socket_fd;
-}
-
 int keeper_user_mode_only(const struct keeper *k)
 {
     return k->user_mode_only;

@@ -56,7 +56,6 @@ struct keeper;
 int keeper_connect(struct keeper **kp, int socket_fd);
 void keeper_free(struct keeper *k);
 uint32_t keeper_pid(const struct keeper *k);
-int keeper_socket(const struct keeper *k); /* readable or hung up: the keeper is gone */
 int keeper_user_mode_only(const struct keeper *k);
 uint64_t keeper_features(const struct keeper *k);
 /* A new block's memfd and the placing uffd (both now the caller's). */

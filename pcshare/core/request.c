@@ -23,10 +23,9 @@ struct demand {
     struct page_request request;
     struct fault_threads *ft;
     struct served_block *served;
+    uint32_t asker; /* the remote fd whose fault it is; 0: nobody's in particular */
     uint8_t bytes[];
 };
-
-static void ask_source(struct fault_threads *ft, struct served_block *served, uint64_t page);
 
 uint64_t source_length(const struct ramblock *block, uint64_t page, uint64_t n)
 {
@@ -103,6 +102,17 @@ void lose_page(struct fault_threads *ft, struct served_block *served, uint64_t p
 }
 
 /* ---- after placing ---- */
+
+void credit_helper(struct fault_threads *ft, uint32_t remote_id, uint64_t placed)
+{
+    struct remote_fd *remote = placed ? remote_by_id(ft, remote_id) : NULL;
+
+    if (!remote)
+        return;
+    if (remote->status)
+        __atomic_fetch_add(&remote->status->demand_pages, placed, __ATOMIC_RELAXED);
+    remote_fd_put(remote);
+}
 
 static void lift_one(struct remote_fd *remote, void *argument)
 {
@@ -188,6 +198,7 @@ static void demand_done(struct page_request *request, int result)
     if (result == 0) {
         memset(demand->bytes + request->length, 0, block->page_size - request->length);
         result = ramblock_place(block, request->page, 1, demand->bytes, &placed);
+        credit_helper(ft, demand->asker, placed);
         if (result >= 0)
             after_placing(ft, served, request->page, 1, placed, PLACED_DEMAND);
         else
@@ -200,7 +211,7 @@ static void demand_done(struct page_request *request, int result)
     free(demand);
 }
 
-static void ask_source(struct fault_threads *ft, struct served_block *served, uint64_t page)
+static void ask_source(struct fault_threads *ft, struct served_block *served, uint64_t page, uint32_t asker)
 {
     struct ramblock *block = served->block;
     struct demand *demand = malloc(sizeof(*demand) + block->page_size);
@@ -211,6 +222,7 @@ static void ask_source(struct fault_threads *ft, struct served_block *served, ui
     }
     demand->ft = ft;
     demand->served = served;
+    demand->asker = asker;
     demand->request = (struct page_request){.offset = page * block->page_size,
                                             .length = source_length(block, page, 1),
                                             .bytes = demand->bytes,
@@ -230,7 +242,7 @@ void ask_again(struct fault_threads *ft, struct served_block *served)
     uint64_t page;
 
     while (waiters_next_unasked(&ft->waiters, served->block, &bucket, &page))
-        ask_source(ft, served, page);
+        ask_source(ft, served, page, 0);
 }
 
 /* ---- a fault ---- */
@@ -271,7 +283,7 @@ static void wait_for_page(struct fault_threads *ft, struct served_block *served,
     else if (__atomic_load_n(&remote->disabled, __ATOMIC_ACQUIRE))
         waiters_drop_remote(&ft->waiters, remote);
     else if (ask && rc == WAITERS_ASK)
-        ask_source(ft, served, page);
+        ask_source(ft, served, page, remote->id);
 }
 
 /* A received page faults: the message is older than the page, or, in a writable block, a helper has removed the page.
@@ -287,13 +299,32 @@ static void answer_received(struct fault_threads *ft, struct remote_fd *remote, 
     record_blocktime(ft, remote, now_ns);
 }
 
-static void count_fault(struct fault_threads *ft, struct remote_fd *remote, uint64_t placed)
+static void count_fault(struct fault_threads *ft, struct remote_fd *remote)
 {
     if (remote->is_own)
         return;
     __atomic_fetch_add(&ft->status->fault_count, 1, __ATOMIC_RELAXED);
     __atomic_fetch_add(&remote->status->faults, 1, __ATOMIC_RELAXED);
-    __atomic_fetch_add(&remote->status->demand_pages, placed, __ATOMIC_RELAXED);
+}
+
+/* A page that nobody has received yet: at hand, or waited for. */
+static void bring_page(struct fault_threads *ft, struct fault_worker *worker, struct served_block *served,
+                       struct remote_fd *remote, uint64_t page, uint32_t tid, uint64_t now_ns)
+{
+    uint64_t placed;
+    int rc = place_now(worker, served, page, &placed);
+
+    credit_helper(ft, remote->id, placed);
+    if (rc == RAMBLOCK_PLACED) {
+        wake_remote(remote, page);
+        record_blocktime(ft, remote, now_ns);
+    } else {
+        wait_for_page(ft, served, remote, page, tid, now_ns, rc == NOT_AT_HAND);
+    }
+    if (rc < 0)
+        page_failed(ft, served, page, -rc, EVENT_BLOCK_PLACE_ERROR);
+    else if (ramblock_is_received(served->block, page)) /* placed, or met as a foreign page */
+        after_placing(ft, served, page, 1, placed, PLACED_DEMAND);
 }
 
 void request_shared_page(struct fault_threads *ft, struct fault_worker *worker, struct remote_fd *remote, uint64_t page,
@@ -301,25 +332,16 @@ void request_shared_page(struct fault_threads *ft, struct fault_worker *worker, 
 {
     struct ramblock *block = remote->block;
     struct served_block *served = served_block_of(ft, block);
-    uint64_t now_ns = clock_ns(), placed = 0;
+    uint64_t now_ns = clock_ns();
 
     trace_point(TRACE_FAULT, block->index, remote->id, page, tid);
+    count_fault(ft, remote);
     if (ramblock_is_received(block, page)) {
         answer_received(ft, remote, page, now_ns);
     } else if (bitmap_test(block->failed, page) && !remote->is_own) {
         poison_remote(block, remote, page);
     } else {
-        int rc = place_now(worker, served, page, &placed);
-        if (rc == RAMBLOCK_PLACED) {
-            wake_remote(remote, page);
-            record_blocktime(ft, remote, now_ns);
-            after_placing(ft, served, page, 1, placed, PLACED_DEMAND);
-        } else {
-            wait_for_page(ft, served, remote, page, tid, now_ns, rc == NOT_AT_HAND);
-            if (rc < 0)
-                page_failed(ft, served, page, -rc, EVENT_BLOCK_PLACE_ERROR);
-        }
+        bring_page(ft, worker, served, remote, page, tid, now_ns);
         stream_follow(ft, block, page);
     }
-    count_fault(ft, remote, placed);
 }

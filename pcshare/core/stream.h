@@ -43,7 +43,8 @@ struct stream_piece {
     struct stream_piece *next; /* in completed */
     struct ramblock *block;    /* NULL: free */
     int result;
-    int kind; /* PLACED_DEMAND if somebody waits for a range, else PLACED_STREAM */
+    int kind;       /* PLACED_DEMAND if somebody waits for a range, else PLACED_STREAM */
+    uint32_t asker; /* the remote fd that waits; 0: nobody in particular */
 };
 
 struct stream {

@@ -72,7 +72,7 @@ def _plain_roles(path: Path) -> list[Role]:
     from pcshare_helpers import expected
 
     def pieces() -> int:
-        return expected.expected_writer(path, PIECES)
+        return int(expected.expected_writer(path, PIECES))
 
     touch = (_touch(), f"--block={DATA}", "--pattern=random", f"--count={LOOKUPS}", f"--seed={SEED}")
     timeout = f"--timeout={READER_TIMEOUT_S}"
@@ -108,7 +108,7 @@ def _numpy_roles(path: Path) -> list[Role]:
 def _editor(draft: Path) -> Role:
     return Role(
         "editor",
-        "writes before the page is there",
+        "writes before pages come",
         _python("pcshare.demo.editor", f"--block={DRAFT}"),
         lambda: editor.edited(draft),
         again=False,

@@ -68,7 +68,8 @@ def was_refused(player: Player) -> bool:
 
 def mismatched_bytes(differing: int, verdicts: Sequence[Verdict]) -> int:
     """Bytes of the block that differ from the file's, and all that a helper with a wrong result had looked at."""
-    return differing + sum(verdict.bytes_checked for verdict in verdicts if verdict.found is not None and not verdict.right)
+    wrong = (verdict for verdict in verdicts if verdict.found is not None and not verdict.right)
+    return differing + sum(verdict.bytes_checked for verdict in wrong)
 
 
 def kept_writes(performance: Performance) -> dict[str, Any]:

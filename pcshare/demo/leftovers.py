@@ -1,8 +1,10 @@
-"""leftovers: what the show left behind in this process, below it and in /dev/shm (promise P7). Counts; cleans nothing."""
+"""leftovers: what the show left behind in this process, below it and in /dev/shm (promise P7).
+
+Counts and cleans nothing.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -41,11 +43,9 @@ class Inventory:
         self._children = set(self._process.children(recursive=True))
         self._others: set[psutil.Process] = set()
 
-    def watch(self, pids: Iterable[int]) -> None:
-        """These processes belong to the show, whoever is their parent later. Call it while they live."""
-        for pid in pids:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self._others.add(psutil.Process(pid))
+    def watch(self, processes: Iterable[psutil.Process]) -> None:
+        """These belong to the show, whoever is their parent by now."""
+        self._others.update(processes)
 
     def leaked(self, names: Iterable[str]) -> Leaked:
         """What has come since and stayed, given time to go. names: of the coordinators there were."""

@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+
+import psutil
 
 from pcshare.demo import cast, judge, source
 from pcshare.demo.cast import Player
 from pcshare.demo.judge import Verdict
 from pcshare.demo.leftovers import Inventory, Leaked
 from pcshare.demo.stage import Performance, Stage
+from pcshare.launcher import Coordinator
 from pcshare.status import BlockStatus, StatusReport
 
 RESULTS_SOURCE = "zero:1M"
+DRAFT_SHARE = 6  # the draft takes this part of the time that the file takes
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Audience(Protocol):
     def act(self, title: str) -> None: ...
 
     def watch(
-        self, report: StatusReport, bitmap_of: Callable[[BlockStatus], bytes], players: list[Player] | Any
+        self, report: StatusReport, bitmap_of: Callable[[BlockStatus], bytes], players: Sequence[Player]
     ) -> None: ...
 
 
@@ -156,10 +160,10 @@ class Play:
         }
         stage = Stage(self._names[0], blocks, [cast.DRAFT], path.stat().st_size / rate)
         with stage.open() as coordinator:
-            before.watch([coordinator.pid or 0, coordinator.status().keeper_pid])
+            before.watch(_serving(coordinator))
             self._audience.act("computing while it arrives")
             performance = stage.perform([*plan, cast.trespasser()], self._audience.watch)
-            before.watch(performance.sampler.pids())
+            before.watch(performance.sampler.processes)
             compared, differing = (0, 0) if performance.late else judge.compare_block(self._names[0], path)
         return performance, compared, differing
 
@@ -168,13 +172,19 @@ class Play:
         blocks = {cast.DATA: source.slowed(path, self._options.delay_s, rate), cast.RESULTS: RESULTS_SOURCE}
         stage = Stage(self._names[1], blocks, [], path.stat().st_size / rate)
         with stage.open() as coordinator:
-            before.watch([coordinator.pid or 0, coordinator.status().keeper_pid])
+            before.watch(_serving(coordinator))
             self._audience.act("the same with everything copied first")
             performance = stage.perform(plan, self._audience.watch, copy_first=True)
-            before.watch(performance.sampler.pids())
+            before.watch(performance.sampler.processes)
         return performance
 
 
 def rate_of_draft(path: Path, draft: Path, rate: int) -> int:
-    """As long on its way as the file is, so that there is time to write into what has not come."""
-    return max(1, rate * draft.stat().st_size // max(1, path.stat().st_size))
+    """So that it is on its way for a good part of the time that the file is: the stream brings one after the other."""
+    return max(1, DRAFT_SHARE * rate * draft.stat().st_size // path.stat().st_size)
+
+
+def _serving(coordinator: Coordinator) -> list[psutil.Process]:
+    """The coordinator and its keeper."""
+    report = coordinator.status()
+    return [psutil.Process(report.pid), psutil.Process(report.keeper_pid)]

@@ -18,7 +18,7 @@ from pcshare import errors
 
 SOURCE_BYTES_MIN = 64 << 10  # less has no page left to arrive while somebody looks
 MADE_BYTES_MIN = 1 << 20
-DRAFT_BYTES = 1 << 20  # of the writable block: enough pages to be written before they arrive
+DRAFT_BYTES = 512 << 10  # of the writable block: enough pages to be written before they arrive
 RATE_MIN = 1
 RATE_MAX = 1 << 40  # as the filter's
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages"}
@@ -47,7 +47,7 @@ def given_file(path: Path) -> Path:
 
 
 def make_file(folder: Path, size: int) -> Path:
-    """A tar of the interpreter's library, as much of it as fits into size bytes; again from the start if it is small."""
+    """A tar of the interpreter's library, cut at size bytes; several of them if the library is smaller."""
     if size < MADE_BYTES_MIN:
         raise errors.UsageError(f"--size {size} is too small", hint=f"the made file has {MADE_BYTES_MIN} bytes or more")
     path = folder / "library.tar"

@@ -55,12 +55,15 @@ class Sampler:
     def __init__(self) -> None:
         self._last: dict[tuple[int, int, str], HelperStatus] = {}
         self._owners: dict[int, int | None] = {}
+        self.processes: set[psutil.Process] = set()  # all that were ever attached
 
     def look(self, report: StatusReport, player_pids: set[int]) -> None:
         for helper in report.helpers:
             self._last[helper.slot, helper.pid, helper.block] = helper
             if helper.pid not in self._owners:
                 self._owners[helper.pid] = _ancestor(helper.pid, player_pids)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self.processes.add(psutil.Process(helper.pid))
 
     def counters(self, pid: int) -> Counters:
         """Of a helper and the processes that it forked."""
@@ -69,9 +72,6 @@ class Sampler:
             if self._owners.get(seen.pid) == pid:
                 total.add(seen)
         return total
-
-    def pids(self) -> set[int]:
-        return set(self._owners)
 
 
 def _ancestor(pid: int, wanted: set[int]) -> int | None:

@@ -2,8 +2,9 @@
  *
  *   helper_driver SOCKET
  *
- * A line is TAG COMMAND ARGUMENTS...; the answer is one line, TAG and the result. A TAG that begins with '&' runs in a thread of its own.
- * Touches are caught: the result of a read is "ok", "wrong", "sigbus" or "segv". Knows nothing of coordinators.
+ * A line is TAG COMMAND ARGUMENTS...; the answer is one line, TAG and the result. A TAG that begins with '&' runs in a
+ * thread of its own. Touches are caught: the result of a read is "ok", "wrong", "sigbus" or "segv". Knows nothing of
+ * coordinators.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -60,7 +61,8 @@ static void answer(const char *tag, const char *result)
     pthread_mutex_unlock(&out);
 }
 
-/* What comes now comes after all that was answered and touched before: the thread sanitizer cannot see that from the pipes. */
+/* What comes now comes after all that was answered and touched before: the thread sanitizer cannot see that from the
+ * pipes. */
 static void synchronize(void)
 {
     pthread_mutex_lock(&out);
@@ -241,7 +243,8 @@ static void run_ensure(const char *arguments, char *result)
 
     sscanf(arguments, "%u %" SCNu64 " %" SCNu64 " %ld", &slot, &offset, &length, &timeout_ms);
     rc = pcshare_ensure(slots[slot], offset, length, timeout_ms, &lost_offset, &lost_length);
-    snprintf(result, RESULT_BYTES, "%d %" PRIu64 " %" PRIu64 " %s", rc, lost_offset, lost_length, rc < 0 ? pcshare_error_text() : "");
+    snprintf(result, RESULT_BYTES, "%d %" PRIu64 " %" PRIu64 " %s", rc, lost_offset, lost_length,
+             rc < 0 ? pcshare_error_text() : "");
 }
 
 /* Waits, without polling, until the state is the one wanted. */
@@ -443,7 +446,8 @@ static void start_job(const char *line)
 
 int main(int argc, char **argv)
 {
-    struct sigaction on_touch = {.sa_handler = on_fault}, on_interrupt = {.sa_handler = on_nothing, .sa_flags = SA_RESTART};
+    struct sigaction on_touch = {.sa_handler = on_fault},
+                     on_interrupt = {.sa_handler = on_nothing, .sa_flags = SA_RESTART};
     char line[LINE_BYTES];
 
     if (argc < 2)

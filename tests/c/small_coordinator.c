@@ -1,10 +1,11 @@
-/* small_coordinator: the smallest coordinator that the helper's side can be tested against, and that misbehaves on command.
+/* small_coordinator: the smallest coordinator that the helper's side can be tested against, and that misbehaves on
+ * command.
  *
  *   small_coordinator SOCKET PAGES TAIL_BYTES PAGE_SIZE ORPHAN_MS [writable] [device]
  *
- * Reads commands from stdin, one a line, and prints one line for each thing that happens. The parent process keeps the block: its memory,
- * the writable mapping with the placing uffd, the status segment. The child serves, and may be killed: "restart" starts another.
- * It is no example of how to serve: one thread, one block, no limits.
+ * Reads commands from stdin, one a line, and prints one line for each thing that happens. The parent process keeps the
+ * block: its memory, the writable mapping with the placing uffd, the status segment. The child serves, and may be
+ * killed: "restart" starts another. It is no example of how to serve: one thread, one block, no limits.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -195,7 +196,8 @@ static void answer_requests(int status)
     int kept = 0;
 
     for (int i = 0; i < n_requests; i++) {
-        uint64_t start = requests[i].offset / b.page_size, end = (requests[i].offset + requests[i].length - 1) / b.page_size + 1;
+        uint64_t start = requests[i].offset / b.page_size,
+                 end = (requests[i].offset + requests[i].length - 1) / b.page_size + 1;
 
         if (status || bitmap_next_clear(b.received, start, end) == end)
             answer(&requests[i], status);
@@ -260,6 +262,7 @@ static void send_error(const struct helper *h, int error, const char *text)
 {
     struct wire_error message = {.header = {WIRE_MAGIC, WIRE_VERSION, WIRE_ERROR, sizeof(message), 0}, .error = error};
 
+    message.header.version += is_wrong("refuse-version");
     strncpy(message.text, text, sizeof(message.text) - 1);
     fd_message_send(h->socket, &message, sizeof(message), NULL, 0, MSG_DONTWAIT);
 }
@@ -297,12 +300,22 @@ static void send_welcome(struct helper *h, const struct wire_hello *hello)
         .header = {WIRE_MAGIC, WIRE_VERSION, WIRE_WELCOME, sizeof(*w), 0},
         .flags = (b.device >= 0 ? WIRE_WELCOME_DEVICE : 0) | (b.writable ? WIRE_WELCOME_WRITABLE : 0) |
                  (b.block->state == STATUS_STATE_END ? WIRE_WELCOME_COMPLETE : 0),
-        .mode = hello->mode ? hello->mode : b.writable ? WIRE_MODE_RW : WIRE_MODE_RO,
-        .used_length = b.used_length, .page_size = b.page_size, .map_length = b.map_length,
-        .features = FEATURES, .orphan_timeout_ms = b.orphan_ms, .idstr = "data",
+        .mode = hello->mode  ? hello->mode
+                : b.writable ? WIRE_MODE_RW
+                             : WIRE_MODE_RO,
+        .used_length = b.used_length,
+        .page_size = b.page_size,
+        .map_length = b.map_length,
+        .features = FEATURES,
+        .orphan_timeout_ms = b.orphan_ms,
+        .idstr = "data",
     };
     spoil(w);
-    n_fds = is_wrong("no-fds") ? 0 : is_wrong("one-fd") ? 1 : is_wrong("four-fds") ? 4 : is_wrong("unannounced-fd") ? 3 : n_fds;
+    n_fds = is_wrong("no-fds")           ? 0
+            : is_wrong("one-fd")         ? 1
+            : is_wrong("four-fds")       ? 4
+            : is_wrong("unannounced-fd") ? 3
+                                         : n_fds;
     length += is_wrong("long") ? 8 : 0;
     length = is_wrong("short") ? length / 2 : is_wrong("tiny") ? 3 : length;
     for (int i = 2; i < n_fds; i++)
@@ -325,6 +338,9 @@ static void hear_hello(struct helper *h, const struct wire_hello *hello)
         forget(h);
     else if (is_wrong("refuse-hello")) {
         send_error(h, EPERM, "uid 7 may not attach; start the coordinator with --allow-uid 7");
+        forget(h);
+    } else if (is_wrong("refuse-version")) {
+        send_error(h, EPROTONOSUPPORT, "this coordinator speaks version 2 only");
         forget(h);
     } else if (is_wrong("mute-once")) {
         strcpy(wrong, "nothing");
@@ -358,8 +374,8 @@ static void hear_attach(struct helper *h, const struct wire_attach *attach, int 
         ack.flags = WIRE_WELCOME_COMPLETE;
     }
     ack.header.version += is_wrong("ack-version");
+    uffd_wake_all(h->uffd); /* before ACK: who waits then has waited for another coordinator */
     fd_message_send(h->socket, &ack, sizeof(ack), NULL, 0, MSG_DONTWAIT);
-    uffd_wake_all(h->uffd);
     if (is_wrong("die-after-ack"))
         raise(SIGKILL);
 }
@@ -378,7 +394,12 @@ static void hear_request(struct helper *h, const struct wire_request *r)
 
 static void hear(struct helper *h)
 {
-    union { struct wire_header header; struct wire_hello hello; struct wire_attach attach; struct wire_request request; } m;
+    union {
+        struct wire_header header;
+        struct wire_hello hello;
+        struct wire_attach attach;
+        struct wire_request request;
+    } m;
     int fds[4];
     uint32_t n_fds = 4;
     int n = fd_message_receive(h->socket, &m, sizeof(m), fds, &n_fds, MSG_DONTWAIT);
@@ -444,6 +465,8 @@ static void command(const char *line)
         ;
     else if (sscanf(line, "lose %llu", &start) == 1)
         answer_requests(-(int)start);
+    else if (strcmp(line, "sync") == 0)
+        ;
     else if (strcmp(line, "serve") == 0)
         faults = SERVE;
     else if (strcmp(line, "hold") == 0)
@@ -498,7 +521,8 @@ static void start_listening(void)
     strncpy(address.sun_path, b.socket_path, sizeof(address.sun_path) - 1);
     unlink(b.socket_path);
     listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (bind(listener, (struct sockaddr *)&address, sizeof(address)) < 0 || chmod(b.socket_path, 0666) < 0 || listen(listener, 64) < 0)
+    if (bind(listener, (struct sockaddr *)&address, sizeof(address)) < 0 || chmod(b.socket_path, 0666) < 0 ||
+        listen(listener, 64) < 0)
         die(b.socket_path);
 }
 
@@ -522,7 +546,8 @@ static void serve_round(struct pollfd *polled)
     polled[n++] = (struct pollfd){.fd = listener, .events = POLLIN};
     for (int i = 0; i < HELPERS_MAX; i++) {
         polled[n++] = (struct pollfd){.fd = helpers[i].in_use ? helpers[i].socket : -1, .events = POLLIN};
-        polled[n++] = (struct pollfd){.fd = helpers[i].in_use && faults != HOLD ? helpers[i].uffd : -1, .events = POLLIN};
+        polled[n++] =
+            (struct pollfd){.fd = helpers[i].in_use && faults != HOLD ? helpers[i].uffd : -1, .events = POLLIN};
     }
     poll(polled, (nfds_t)n, -1);
 }

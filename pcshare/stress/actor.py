@@ -1,0 +1,243 @@
+"""actor: a helper program that attaches, checks, writes, forks and leaves as it is told, a JSON line each.
+
+Run as `python -m pcshare.stress.actor`. Every byte that it reads is compared with the source file; it answers each
+order with what it checked. It may be killed or stopped at any moment, so it owns nothing that outlives it. One thread:
+while it waits for a page it does nothing else, and that is what is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pcshare.client import Block, attach
+from pcshare.errors import PcshareError, SourceLost
+from pcshare.stress.plan import PAGE, SLOT_BYTES
+from pcshare.stress.world import differing
+
+ATTACH_TIMEOUT_S = 30.0
+ENSURE_TIMEOUT_S = 60.0
+PR_SET_PDEATHSIG = 1
+CHILD_DIFFERS = 3  # exit status of a forked child that read a wrong byte
+
+
+class Attachment:
+    """A block, the file that says what it must hold, and what was written through it."""
+
+    def __init__(self, block: Block, world: dict[str, Any], writer: int) -> None:
+        self.block = block
+        self.view = memoryview(block)
+        self.slot_area = int(world["slot_area"])
+        self.fd = os.open(world["path"], os.O_RDONLY | os.O_CLOEXEC)
+        self.writer = writer
+        self.own: dict[int, bytes] = {}  # cow: what is written stays here
+
+    def close(self) -> None:
+        self.view.release()
+        self.block.close()
+        os.close(self.fd)
+
+    def page_count(self) -> int:
+        return -(-len(self.view) // PAGE)
+
+    def pages(self, seed: int, count: int) -> list[int]:
+        """Random ones, or a run of neighbours."""
+        rng = random.Random(seed)
+        if rng.random() < 0.5:
+            first = rng.randrange(self.page_count())
+            return list(range(first, min(first + count, self.page_count())))
+        return [rng.randrange(self.page_count()) for _ in range(count)]
+
+    def check(self, pages: list[int]) -> tuple[int, int, list[int]]:
+        """(bytes compared, bytes that differ, pages with such)."""
+        checked, wrong, where = 0, 0, []
+        for page in pages:
+            found = bytes(self.view[page * PAGE : (page + 1) * PAGE])
+            expected = self._expected(page)
+            bad = differing(found, expected, self.slot_area)
+            checked += len(found)
+            wrong += bad
+            if bad:
+                where.append(page)
+        return checked, wrong, where
+
+    def _expected(self, page: int) -> bytes:
+        return self.own.get(page) or os.pread(self.fd, PAGE, page * PAGE)
+
+    def write(self, pages: list[int], seed: int) -> list[tuple[int, str]]:
+        """Into this writer's slot of each page: (offset, value as hex)."""
+        written = []
+        for page in sorted(set(pages)):
+            offset = page * PAGE + self.writer * SLOT_BYTES
+            if offset + SLOT_BYTES > len(self.view):
+                continue
+            value = random.Random(seed * self.page_count() + page).randbytes(SLOT_BYTES)
+            self.view[offset : offset + SLOT_BYTES] = value
+            written.append((offset, value.hex()))
+        return written
+
+    def scribble(self, pages: list[int], seed: int) -> None:
+        """Over whole pages of a private mapping: nobody else may ever see it."""
+        for page in pages:
+            start, stop = page * PAGE, min((page + 1) * PAGE, len(self.view))
+            value = random.Random(seed + page).randbytes(stop - start)
+            self.view[start:stop] = value
+            self.own[page] = value
+
+    def verify(self, written: dict[str, str]) -> list[int]:
+        """Offsets at which what was acknowledged is no longer there."""
+        return [
+            int(offset)
+            for offset, value in written.items()
+            if bytes(self.view[int(offset) : int(offset) + SLOT_BYTES]).hex() != value
+        ]
+
+
+class Actor:
+    """The attachments of this process, by the plan's slots."""
+
+    def __init__(self, socket: str, writer: int, world: dict[str, Any]) -> None:
+        self._socket, self._writer, self._world = socket, writer, world
+        self._slots: dict[int, Attachment] = {}
+
+    def carry_out(self, order: dict[str, Any]) -> dict[str, Any]:
+        """The answer; {"absent": true} where the attachment is not there."""
+        joins = {"attach": self._attach, "churn": self._churn, "leave_all": self._leave_all, "verify": self._verify}
+        uses: dict[str, Callable[[Attachment, dict[str, Any]], dict[str, Any]]] = {
+            "check": self._check,
+            "ensure": self._ensure,
+            "prefetch": self._prefetch,
+            "write": self._write,
+            "cow": self._cow,
+            "fork": self._fork,
+        }
+        kind, slot = order["kind"], order["slot"]
+        if kind in joins:
+            return joins[kind](order)
+        if slot not in self._slots:
+            return {"absent": True}
+        if kind == "leave":
+            self._slots.pop(slot).close()
+            return {}
+        return uses[kind](self._slots[slot], order)
+
+    def _leave_all(self, order: dict[str, Any]) -> dict[str, Any]:
+        while self._slots:
+            self._slots.popitem()[1].close()
+        return {}
+
+    def _churn(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Comes and goes, again and again, and looks at one page each time."""
+        told: dict[str, Any] = {"checked": 0, "wrong": 0, "pages": []}
+        for i in range(order["count"]):
+            attachment = self._open(order["block"], order["mode"])
+            try:
+                seen = self._compare(attachment, attachment.pages(order["seed"] + i, 1)[:1])
+            finally:
+                attachment.close()
+            told = {key: told[key] + seen[key] for key in told}
+        return told
+
+    def _open(self, block: str, mode: str) -> Attachment:
+        attached = attach(socket=self._socket, block=block, mode=mode, timeout_s=ATTACH_TIMEOUT_S)
+        return Attachment(attached, self._world[block], self._writer)
+
+    def _attach(self, order: dict[str, Any]) -> dict[str, Any]:
+        self._slots[order["slot"]] = self._open(order["block"], order["mode"])
+        return {}
+
+    def _verify(self, order: dict[str, Any]) -> dict[str, Any]:
+        """The end of a round: all of a block through a fresh attachment, and the writes of everybody."""
+        attachment = self._open(order["block"], "ro")
+        try:
+            attachment.block.ensure(timeout_s=ENSURE_TIMEOUT_S)
+            told = self._compare(attachment, list(range(attachment.page_count())))
+            return {**told, "lost_writes": attachment.verify(order["written"])}
+        finally:
+            attachment.close()
+
+    @staticmethod
+    def _compare(attachment: Attachment, pages: list[int]) -> dict[str, Any]:
+        checked, wrong, where = attachment.check(pages)
+        return {"checked": checked, "wrong": wrong, "pages": where}
+
+    def _check(self, attachment: Attachment, order: dict[str, Any]) -> dict[str, Any]:
+        return self._compare(attachment, attachment.pages(order["seed"], order["count"]))
+
+    def _ensure(self, attachment: Attachment, order: dict[str, Any]) -> dict[str, Any]:
+        pages = attachment.pages(order["seed"], order["count"])
+        attachment.block.ensure(slice(min(pages) * PAGE, (max(pages) + 1) * PAGE), timeout_s=ENSURE_TIMEOUT_S)
+        return self._compare(attachment, pages)
+
+    @staticmethod
+    def _prefetch(attachment: Attachment, order: dict[str, Any]) -> dict[str, Any]:
+        pages = attachment.pages(order["seed"], order["count"])
+        attachment.block.prefetch(slice(min(pages) * PAGE, (max(pages) + 1) * PAGE))
+        return {}
+
+    @staticmethod
+    def _write(attachment: Attachment, order: dict[str, Any]) -> dict[str, Any]:
+        pages = attachment.pages(order["seed"], order["count"])
+        return {"written": attachment.write(pages, order["seed"])}
+
+    def _cow(self, attachment: Attachment, order: dict[str, Any]) -> dict[str, Any]:
+        pages = attachment.pages(order["seed"], order["count"])
+        attachment.scribble(pages, order["seed"])
+        return self._compare(attachment, pages)
+
+    def _fork(self, attachment: Attachment, order: dict[str, Any]) -> dict[str, Any]:
+        """A child checks what it inherits; it may be killed while it does."""
+        pages = attachment.pages(order["seed"], order["count"])
+        child = os.fork()
+        if child == 0:
+            _be_child(attachment, pages)
+        if order["after_ms"]:
+            time.sleep(order["after_ms"] / 1000)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        killed = code == -signal.SIGKILL and bool(order["after_ms"])
+        if code == -signal.SIGBUS:
+            return {"lost": True}
+        if code == CHILD_DIFFERS:
+            return {"checked": 0, "wrong": 1, "pages": pages}
+        return {"checked": 0 if killed else len(pages) * PAGE, "wrong": 0} | (
+            {} if code == 0 or killed else {"error": f"a forked child ended with {code}"}
+        )
+
+
+def _be_child(attachment: Attachment, pages: list[int]) -> None:
+    """Never returns."""
+    code = 1
+    try:
+        code = CHILD_DIFFERS if attachment.check(pages)[1] else 0
+    finally:
+        os._exit(code)
+
+
+def main() -> None:
+    """Orders from stdin until it ends; one answer each on stdout."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    socket, writer, world = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+    actor = Actor(socket, writer, world)
+    for line in sys.stdin:
+        order = json.loads(line)
+        try:
+            answer = actor.carry_out(order)
+        except SourceLost:
+            answer = {"lost": True}
+        except PcshareError as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps({"id": order["id"], **answer}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""plan: what will happen, drawn from a seed alone: the blocks of each round and the actions on them, in order.
+
+No I/O and no clock. A plan never looks at what came of it: it keeps its own books of who is attached where, so that one
+seed always gives one sequence.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+PAGE = 4096
+HUGE_PAGE = 2 << 20
+ACTIONS_MIN, ACTIONS_MAX = 150, 600  # a round takes some seconds
+ATTACHMENTS_MAX = 3  # of one actor at a time
+FILE_PAGES_MIN, FILE_PAGES_MAX = 64, 2048
+HUGE_FILE_PAGES = 3
+ZERO_BYTES = 1 << 20
+SLOTS_MAX = 16  # bytes at the start of a page that belong to writers: SLOT_BYTES each
+SLOT_BYTES = 8
+PAUSE_MAX_MS = 12  # between two actions
+KILL_AFTER_MAX_MS = 60
+KILL_ATTACH_MAX_MS = 6  # attaching takes two or three
+KILL_TOUCH_MAX_MS = 20  # from its exec to its last touch
+USE_PAGES_MAX = 64
+TOUCHES_MAX = 200
+GARBAGE_BYTES_MAX = 4096
+RATE_MIN, RATE_MAX = 1 << 19, 1 << 25  # bytes a second of the stream
+STOP_MAX_MS = 400
+SOURCE_ERROR_MAX_MS = 300
+CHURN_MAX = 100  # attachments one after the other, for what leaks only a little each time
+SEED_MAX = 1 << 32
+
+# What happens how often, in parts. Attaching must outweigh leaving and killing, or nobody is left to do the rest.
+WEIGHTS = {
+    "attach": 30,
+    "leave": 12,
+    "check": 40,
+    "ensure": 8,
+    "prefetch": 6,
+    "write": 14,
+    "cow": 5,
+    "fork": 5,
+    "kill": 4,
+    "kill_attaching": 6,
+    "stop": 3,
+    "touch": 12,
+    "kill_touch": 10,
+    "helper": 1,
+    "stream": 6,
+    "source_error": 3,
+    "churn": 2,
+    "garbage": 2,
+}
+HELPER_PROGRAMS = ("scan", "random_lookup", "forking_pool", "numpy_user")
+STREAM_ORDERS = ("pause", "resume", "rate", "lazy", "eager")
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block. kind: holes (a sparse file), array (.npy), draft (a file that helpers write), zero."""
+
+    name: str
+    kind: str
+    pages: int  # of PAGE bytes
+    tail: int  # bytes more than whole pages
+    delay_us: int
+    rate: int  # bytes a second; 0: none
+    seed: int
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return ("ro", "rw", "cow") if self.writable else ("ro", "cow")
+
+    @property
+    def writable(self) -> bool:
+        return self.kind in ("draft", "zero")
+
+
+@dataclass(frozen=True)
+class Action:
+    """kind is one of WEIGHTS; pause_ms comes before it."""
+
+    kind: str
+    pause_ms: int
+    actor: int = 0
+    slot: int = 0  # which of the actor's attachments, numbered through the round
+    block: str = ""
+    mode: str = ""
+    seed: int = 0
+    count: int = 0
+    after_ms: int = 0  # until the kill, the end of the stop or of the source's failure
+    order: str = ""
+
+
+@dataclass
+class RoundPlan:
+    number: int
+    blocks: list[BlockPlan]
+    stream: str
+    huge: bool  # 2 MiB pages, where the host has some free
+    poison: bool
+    leave_first: bool  # helpers leave before the coordinator ends, or find out
+    actions: list[Action] = field(default_factory=list)
+
+
+def rounds(seed: int, actors: int) -> Iterator[RoundPlan]:
+    """The rounds of a seed, for ever. Each has its own random numbers, so that it can be drawn alone."""
+    number = 0
+    while True:
+        yield draw_round(seed, number, actors)
+        number += 1
+
+
+def draw_round(seed: int, number: int, actors: int) -> RoundPlan:
+    rng = random.Random(f"{seed}:{number}:{actors}")
+    huge = rng.random() < 0.2
+    plan = RoundPlan(
+        number=number,
+        blocks=_draw_blocks(rng, huge),
+        stream=rng.choice(["eager", "lazy", "lazy", "paused", str(rng.randrange(RATE_MIN, RATE_MAX))]),
+        huge=huge,
+        poison=rng.random() < 0.3,
+        leave_first=rng.random() < 0.5,
+    )
+    books: Books = {actor: [] for actor in range(actors)}
+    for number in range(rng.randrange(ACTIONS_MIN, ACTIONS_MAX)):
+        plan.actions.append(_draw_action(rng, plan, books, number))
+    return plan
+
+
+@dataclass(frozen=True)
+class Booked:
+    """One attachment in the plan's books."""
+
+    slot: int
+    block: str
+    mode: str
+
+
+Books = dict[int, list[Booked]]  # by actor
+
+
+def _draw_blocks(rng: random.Random, huge: bool) -> list[BlockPlan]:
+    names = ["holes", "draft", "zero"] + (["array"] if rng.random() < 0.5 else [])
+    return [_draw_block(rng, name, huge) for name in names]
+
+
+def _draw_block(rng: random.Random, name: str, huge: bool) -> BlockPlan:
+    pages = HUGE_FILE_PAGES * HUGE_PAGE // PAGE if huge else rng.randrange(FILE_PAGES_MIN, FILE_PAGES_MAX)
+    if name == "zero":
+        pages = HUGE_PAGE // PAGE if huge else ZERO_BYTES // PAGE
+    return BlockPlan(
+        name=name,
+        kind=name,
+        pages=pages,
+        tail=0 if name == "zero" else rng.randrange(PAGE),
+        delay_us=rng.choice([0, 0, 100, 300, 1000]),
+        rate=rng.choice([0, 0, 8 << 20, 32 << 20]),
+        seed=rng.randrange(SEED_MAX),
+    )
+
+
+def _draw_action(rng: random.Random, plan: RoundPlan, books: Books, number: int) -> Action:
+    """One that is possible by the books, and booked."""
+    pause_ms = rng.randrange(PAUSE_MAX_MS) if rng.random() < 0.5 else 0
+    while True:
+        kind = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        actor = rng.randrange(len(books))
+        draw = _draw_use if kind in USES else _draw_join if kind in JOINS else _draw_event
+        action = draw(rng, plan, Action(kind, pause_ms, actor, seed=rng.randrange(SEED_MAX)), books[actor], number)
+        if action is not None:
+            return action
+
+
+USES = {"leave", "check", "ensure", "prefetch", "write", "cow", "fork"}
+JOINS = {"attach", "churn", "kill", "kill_attaching"}
+
+
+def _draw_use(
+    rng: random.Random, plan: RoundPlan, action: Action, attached: list[Booked], number: int
+) -> Action | None:
+    """Something that is done with an attachment, if the actor has one that it can be done with."""
+    wanted = {"write": "rw", "cow": "cow"}.get(action.kind)
+    fitting = [one for one in attached if wanted in (None, one.mode)]
+    if not fitting:
+        return None
+    one = rng.choice(fitting)
+    if action.kind == "leave":
+        attached.remove(one)
+    # a child of fork is killed by its parent in one of four cases
+    after_ms = rng.randrange(KILL_AFTER_MAX_MS) if rng.random() < 0.25 else 0
+    count = rng.randrange(1, USE_PAGES_MAX)
+    return replace(action, slot=one.slot, block=one.block, mode=one.mode, count=count, after_ms=after_ms)
+
+
+def _draw_join(
+    rng: random.Random, plan: RoundPlan, action: Action, attached: list[Booked], number: int
+) -> Action | None:
+    """An actor attaches, often, or until it is killed."""
+    block = rng.choice(plan.blocks)
+    modes = [mode for mode in block.modes if not (plan.huge and mode == "cow")]  # each would take huge pages of its own
+    action = replace(action, slot=number, block=block.name, mode=rng.choice(modes))
+    if action.kind == "attach":
+        if len(attached) >= ATTACHMENTS_MAX:
+            return None
+        attached.append(Booked(number, action.block, action.mode))
+        return action
+    if action.kind == "churn":
+        return replace(action, count=rng.randrange(1, CHURN_MAX))
+    attached.clear()
+    return replace(action, after_ms=rng.randrange(KILL_AFTER_MAX_MS if action.kind == "kill" else KILL_ATTACH_MAX_MS))
+
+
+def _draw_event(rng: random.Random, plan: RoundPlan, action: Action, attached: list[Booked], number: int) -> Action:
+    """Something that happens to the coordinator, its source, or an actor; or a program that comes and goes."""
+    kind = action.kind
+    if kind == "stop":
+        return replace(action, after_ms=rng.randrange(STOP_MAX_MS))
+    if kind == "source_error":
+        return replace(action, after_ms=rng.randrange(1, SOURCE_ERROR_MAX_MS))
+    if kind == "stream":
+        return replace(action, count=rng.randrange(RATE_MIN, RATE_MAX), order=rng.choice(STREAM_ORDERS))
+    if kind == "garbage":
+        return replace(action, count=rng.randrange(GARBAGE_BYTES_MAX))
+    block = rng.choice([block for block in plan.blocks if not block.writable or kind != "helper"])
+    if kind == "helper":
+        return replace(action, block=block.name, order=rng.choice(HELPER_PROGRAMS))
+    return replace(
+        action, block=block.name, count=rng.randrange(1, TOUCHES_MAX), after_ms=rng.randrange(KILL_TOUCH_MAX_MS)
+    )

@@ -1,0 +1,107 @@
+"""resources: what a coordinator, its keeper and this process hold, and what they may hold.
+
+Counts with psutil and judges; changes nothing. Every allowance is a constant with its reason: what is beyond is a
+failure that names the resource, by how much it grew, and where.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+import psutil
+
+FDS_PER_HELPER = 3  # its uffd, its connection, and the core's copy of that
+FDS_HANDSHAKES = 64  # connections that have not become helpers yet, or whose helper is dead and not reaped
+FDS_LEFT = 0  # when all have gone nothing of them stays
+THREADS_PER_FILE = 18  # readers that a file's channel starts when it needs them: 16 for demand, 2 for the stream
+USS_LEFT_BYTES = 16 << 20  # allocators keep what a busy time took: reading buffers, Python's arenas
+RSS_LEFT_BYTES = 24 << 20  # the same, and pages of libraries that were touched only now
+KEEPER_BYTES = 4 << 20  # besides the pages that it placed, which count as its own
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one process holds at one moment. rss and uss in bytes."""
+
+    fds: int
+    sockets: int
+    threads: int
+    children: int
+    rss: int
+    uss: int
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> Held:
+        with process.oneshot():
+            memory = process.memory_full_info()
+            return cls(
+                fds=process.num_fds(),
+                sockets=_sockets(process.pid),
+                threads=process.num_threads(),
+                children=len(process.children(recursive=True)),
+                rss=memory.rss,
+                uss=memory.uss,
+            )
+
+
+def _sockets(pid: int) -> int:
+    count = 0
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            count += os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:")
+    return count
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A resource that grew beyond what it may."""
+
+    whose: str
+    resource: str
+    before: int
+    now: int
+    allowed: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.whose}: {self.resource} grew by {self.now - self.before:,} from {self.before:,} to {self.now:,}; "
+            f"{self.allowed:,} is allowed"
+        )
+
+
+def grown(whose: str, before: Held, now: Held, allowed: dict[str, int]) -> list[Growth]:
+    """Every resource that grew by more than is allowed; one that is not named may not grow."""
+    found = []
+    for resource, was in vars(before).items():
+        grew = vars(now)[resource] - was
+        if grew > allowed.get(resource, 0):
+            found.append(Growth(whose, resource, was, vars(now)[resource], allowed.get(resource, 0)))
+    return found
+
+
+def allowed_during(helpers: int, files: int, pages_bytes: int) -> dict[str, int]:
+    """Of a coordinator with so many helpers attached and so many file sources."""
+    fds = FDS_PER_HELPER * helpers + FDS_HANDSHAKES
+    return {
+        "fds": fds,
+        "sockets": fds,
+        "threads": THREADS_PER_FILE * files,
+        "rss": RSS_LEFT_BYTES + pages_bytes,
+        "uss": USS_LEFT_BYTES + pages_bytes,
+    }
+
+
+def allowed_after(files: int, pages_bytes: int) -> dict[str, int]:
+    """When every helper has gone."""
+    return {
+        "fds": FDS_LEFT,
+        "threads": THREADS_PER_FILE * files,
+        "rss": RSS_LEFT_BYTES + pages_bytes,
+        "uss": USS_LEFT_BYTES,
+    }
+
+
+def allowed_keeper(pages_bytes: int) -> dict[str, int]:
+    return {"rss": KEEPER_BYTES + pages_bytes, "uss": KEEPER_BYTES + pages_bytes}

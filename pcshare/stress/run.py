@@ -1,0 +1,83 @@
+"""run: rounds of stress until the time is up or something fails."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pcshare.stress import plan
+from pcshare.stress.round import Round
+from pcshare.stress.tally import Tally
+
+DEBUG_VARIABLE = "PCSHARE_DEBUG"  # the coordinator stays dumpable, so that psutil may look at it
+
+
+@dataclass(frozen=True)
+class Options:
+    seconds: float
+    helpers: int
+    seed: int
+
+
+@dataclass
+class Summary:
+    """What came of it."""
+
+    options: Options
+    seconds: float
+    tally: Tally
+
+    @property
+    def ok(self) -> bool:
+        return self.tally.ok
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ok": self.ok, "seed": self.options.seed, "seconds": round(self.seconds, 3), **self.tally.to_json()}
+
+
+def run(options: Options, tell: Callable[[str], None], hold: Callable[[], None]) -> Summary:
+    """Plays the rounds of the seed. tell: a line for people after each; hold: called at the first failure."""
+    started_s = time.monotonic()
+    deadline_s = started_s + options.seconds
+    tally = Tally(options.seed)
+    with _dumpable():
+        for drawn in plan.rounds(options.seed, options.helpers):
+            tally.where = _where(drawn)
+            with tempfile.TemporaryDirectory(prefix="pcshare-stress-") as folder:
+                Round(drawn, Path(folder), options.helpers, tally, deadline_s, hold).play()
+            tally.rounds += 1
+            tell(_line(tally, time.monotonic() - started_s))
+            if time.monotonic() >= deadline_s or tally.failures:
+                break
+    return Summary(options, time.monotonic() - started_s, tally)
+
+
+def _where(drawn: plan.RoundPlan) -> str:
+    kinds = f"{'2M' if drawn.huge else '4K'} pages, stream {drawn.stream}, {'poison' if drawn.poison else 'pause'}"
+    return f"round {drawn.number}: {', '.join(block.name for block in drawn.blocks)}; {kinds}"
+
+
+def _line(tally: Tally, elapsed_s: float) -> str:
+    counts = f"{sum(tally.actions.values()):,} actions, {tally.joins:,} joins, {tally.kills:,} kills"
+    checked = f"{tally.faults:,} faults, {tally.bytes_checked >> 20:,} MiB checked"
+    trouble = f", {len(tally.failures)} failures" if tally.failures else ""
+    return f"{elapsed_s:6.1f} s  {tally.where}  {counts}, {checked}{trouble}"
+
+
+@contextmanager
+def _dumpable() -> Any:
+    before = os.environ.get(DEBUG_VARIABLE)
+    os.environ[DEBUG_VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[DEBUG_VARIABLE]
+        else:
+            os.environ[DEBUG_VARIABLE] = before

@@ -1,0 +1,223 @@
+"""troupe: the crew of one round: gives orders, hears answers and judges them, and finds who waits for ever.
+
+Everything that takes time happens in pump(): answers, ends of programs, what is due later, looks at the coordinator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import json
+import select
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pcshare.stress import inspect
+from pcshare.stress.crew import ActorProcess, Order, Program
+from pcshare.stress.plan import PAGE, SLOT_BYTES
+from pcshare.stress.tally import Stuck, Tally
+
+HANG_LIMIT_S = 30.0  # an order takes milliseconds, and some seconds behind a slow source on a loaded machine
+PROGRAM_LIMIT_S = 90.0  # a scan of a whole block, page by page
+PENDING_MAX = 6  # orders that an actor has not answered: its pipes never fill
+LOOK_PERIOD_S = 0.2
+
+Ledger = dict[str, dict[int, str]]  # block: offset: what was last written there and acknowledged, as hex
+
+
+class Troupe:
+    """Actors and programs on one coordinator."""
+
+    def __init__(self, socket: str, world: str, actors: int, tally: Tally, look: Callable[[], None]) -> None:
+        self._socket, self._world, self._tally, self._look = socket, world, tally, look
+        self._ids = itertools.count()
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._programs: list[Program] = []
+        self._looked_s = 0.0
+        self.ledger: Ledger = {}
+        self.may_lose = False  # the source has lost pages for good in this round: SIGBUS is right
+        self.actors: list[ActorProcess] = []
+        for writer in range(actors):
+            self.actors.append(ActorProcess.start(socket, writer, world))
+
+    def close(self) -> None:
+        for actor in self.actors:
+            actor.close()
+        for program in self._programs:
+            program.close()
+        self.actors, self._programs = [], []
+
+    # -- time
+
+    def later(self, after_ms: int, act: Callable[[], None]) -> None:
+        heapq.heappush(self._due, (time.monotonic() + after_ms / 1000, next(self._ids), act))
+
+    def settle(self) -> None:
+        """Does at once what was due later."""
+        while self._due:
+            heapq.heappop(self._due)[2]()
+
+    def pump(self, timeout_s: float) -> None:
+        """Lets time pass and notices what happens."""
+        end_s = time.monotonic() + timeout_s
+        while True:
+            self._do_due()
+            now = time.monotonic()
+            next_s = min([end_s, self._looked_s + LOOK_PERIOD_S, *(self._due[0][:1] if self._due else ())])
+            self._hear(max(0.0, next_s - now))
+            self._reap_programs()
+            if time.monotonic() - self._looked_s >= LOOK_PERIOD_S:
+                self._looked_s = time.monotonic()
+                self._look()
+                self._check_stuck()
+            if time.monotonic() >= end_s:
+                return
+
+    def pump_until(self, condition: Callable[[], bool], what: str, limit_s: float = HANG_LIMIT_S) -> None:
+        deadline = time.monotonic() + limit_s
+        while not condition():
+            if time.monotonic() > deadline:
+                self._tally.fail(f"waited {limit_s:g} s in vain for {what}")
+                raise Stuck
+            self.pump(0.005)
+
+    def _do_due(self) -> None:
+        while self._due and self._due[0][0] <= time.monotonic():
+            heapq.heappop(self._due)[2]()
+
+    # -- actors
+
+    def tell(self, writer: int, **content: Any) -> None:
+        """Gives an order; first waits until the actor has room for one more."""
+        self.pump_until(lambda: len(self.actors[writer].pending) < PENDING_MAX, f"answers of actor {writer}")
+        self.actors[writer].tell(next(self._ids), {"slot": -1, **content})
+
+    def quiet(self, writer: int) -> None:
+        """Until the actor has answered everything."""
+        self.pump_until(lambda: not self.actors[writer].pending, f"answers of actor {writer}")
+
+    def all_quiet(self) -> None:
+        for writer in range(len(self.actors)):
+            self.quiet(writer)
+        self.pump_until(lambda: not self._programs, "an end of the helper programs", PROGRAM_LIMIT_S)
+
+    def kill(self, writer: int) -> None:
+        """SIGKILL at this moment, and a new actor in its place."""
+        self.actors[writer].kill()
+        self._tally.kills += 1
+        self._replace(writer)
+
+    def _replace(self, writer: int) -> None:
+        """What a dead actor had been told to write may be there or not."""
+        old = self.actors[writer]
+        for order, answer in old.hear():  # said before it died
+            self._take(old, order, answer)
+        for order in old.pending.values():
+            if order.content["kind"] == "write":
+                self._forget(order.content["block"], writer)
+        old.close()
+        self.actors[writer] = ActorProcess.start(self._socket, writer, self._world)
+
+    def _forget(self, block: str, writer: int) -> None:
+        written = self.ledger.get(block, {})
+        for offset in [offset for offset in written if offset % PAGE // SLOT_BYTES == writer]:
+            del written[offset]
+
+    def _hear(self, timeout_s: float) -> None:
+        poller = select.poll()
+        by_fd = {actor.fileno(): actor for actor in self.actors}
+        for fd in by_fd:
+            poller.register(fd, select.POLLIN)
+        for fd, _ in poller.poll(timeout_s * 1000):
+            actor = by_fd[fd]
+            for order, answer in actor.hear():
+                self._take(actor, order, answer)
+            code = actor.died()
+            if code is not None:
+                self._bury(actor, code)
+
+    def _bury(self, actor: ActorProcess, code: int) -> None:
+        """Nobody killed it: right only if it touched a page that is lost."""
+        if code == -signal.SIGBUS and self.may_lose:
+            self._tally.restarts += 1
+        else:
+            doing = next(iter(actor.pending.values()), None)
+            told = f"actor {actor.writer} died ({_ending(code)}) at {doing.content if doing else 'nothing'}"
+            self._tally.fail(f"{told}: {actor.complaint()}")
+        self._replace(actor.writer)
+        self.actors[actor.writer].excused = True
+
+    def _take(self, actor: ActorProcess, order: Order, answer: dict[str, Any]) -> None:
+        """Judges an answer."""
+        content = order.content
+        what = f"actor {actor.writer} at {content['kind']} of block {content.get('block')} ({content.get('mode')})"
+        self._tally.bytes_checked += answer.get("checked", 0)
+        if answer.get("wrong"):
+            self._tally.mismatched_bytes += answer["wrong"]
+            self._tally.fail(f"{what}: {answer['wrong']} bytes differ from the source, pages {answer['pages'][:8]}")
+        if answer.get("lost_writes"):
+            self._tally.fail(
+                f"{what}: {len(answer['lost_writes'])} writes are lost, offsets {answer['lost_writes'][:8]}"
+            )
+        if "error" in answer:
+            self._tally.fail(f"{what}: {answer['error']}")
+        if answer.get("lost") and not self.may_lose:
+            self._tally.fail(f"{what}: told of lost pages, and the source has lost none")
+        if answer.get("absent") and not actor.excused:
+            self._tally.fail(f"{what}: the attachment is not there")
+        for offset, value in answer.get("written", ()):
+            self.ledger.setdefault(content["block"], {})[offset] = value
+
+    # -- programs
+
+    def start(self, name: str, arguments: list[str], expected: Callable[[], object] | None) -> Program:
+        program = Program.start(name, self._socket, arguments, expected)
+        self._programs.append(program)
+        return program
+
+    def kill_program(self, program: Program) -> None:
+        program.kill()
+        self._tally.kills += program.killed
+
+    def _reap_programs(self) -> None:
+        for program in [program for program in self._programs if program.ended()]:
+            self._programs.remove(program)
+            report, complaint = program.report()
+            self._judge(program, report, complaint)
+
+    def _judge(self, program: Program, report: dict[str, Any], complaint: str) -> None:
+        code = program.process.returncode
+        if (program.killed and code == -signal.SIGKILL) or (code == -signal.SIGBUS and self.may_lose):
+            return
+        if code or not report.get("ok"):
+            self._tally.fail(f"{program.name} ended with {_ending(code)}: {complaint or report}")
+        elif program.expected is not None and report["result"] != (right := program.expected()):
+            self._tally.mismatched_bytes += report["bytes_checked"]
+            self._tally.fail(f"{program.name} found {report['result']}, right is {right}; {program.process.args!r}")
+        else:
+            self._tally.bytes_checked += report["bytes_checked"]
+
+    # -- who waits for ever
+
+    def _check_stuck(self) -> None:
+        stuck = [(actor.pid, f"actor {actor.writer}", actor.waits_s()) for actor in self.actors]
+        found = [(pid, who) for pid, who, waits_s in stuck if waits_s > HANG_LIMIT_S]
+        found += [(p.process.pid, p.name) for p in self._programs if p.runs_s() > PROGRAM_LIMIT_S]
+        for pid, who in found:
+            where = "waits for a page" if inspect.wait_channel(pid) == inspect.WAITING_FOR_A_PAGE else "hangs"
+            self._tally.fail(f"{who} {where}, too long, at {self._doing(pid)}\n{inspect.threads(pid, who)}")
+        if found:
+            raise Stuck
+
+    def _doing(self, pid: int) -> str:
+        orders = (order for actor in self.actors if actor.pid == pid for order in actor.pending.values())
+        return next((json.dumps(order.content) for order in orders), "its work")
+
+
+def _ending(code: int) -> str:
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+    return f"exit status {code}"

@@ -1,0 +1,97 @@
+"""world: the sources of a round, made of random bytes in a folder that is given, and what a block must hold where.
+
+In the blocks that helpers write, the first bytes of each page belong to writers, one slot each; everything else must
+stay as the source has it. The same rule is used by actors, from the same lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from pcshare.stress.plan import PAGE, SLOT_BYTES, SLOTS_MAX, BlockPlan, RoundPlan
+
+HOLE_SHARE = 0.4  # of a sparse file's stretches
+STRETCH_PAGES_MAX = 40
+SLOT_AREA = SLOT_BYTES * SLOTS_MAX
+NPY_MAGIC = b"\x93NUMPY\x01\x00"
+NPY_HEADER_BYTES = 118  # with the magic and its length: 128
+HUGE_FOLDER = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+ERROR_FILE = "source-fails"
+
+
+@dataclass(frozen=True)
+class MadeBlock:
+    """A block's source. path: the file that holds what must be found (for zero: one that is all hole)."""
+
+    plan: BlockPlan
+    path: Path
+    source: str
+
+    def to_json(self) -> dict[str, object]:
+        """What an actor must know."""
+        return {"path": str(self.path), "slot_area": SLOT_AREA if self.plan.writable else 0}
+
+
+def make_blocks(plan: RoundPlan, folder: Path) -> dict[str, MadeBlock]:
+    error = quote(str(folder / ERROR_FILE), safe="/")
+    return {block.name: _make_block(block, folder, error) for block in plan.blocks}
+
+
+def _make_block(block: BlockPlan, folder: Path, error: str) -> MadeBlock:
+    path = folder / (f"{block.name}.npy" if block.kind == "array" else f"{block.name}.bin")
+    rng = random.Random(block.seed)
+    length = block.pages * PAGE + block.tail
+    if block.kind == "zero":
+        with open(path, "wb") as file:
+            file.truncate(length)
+        return MadeBlock(block, path, f"zero:{length}")
+    if block.kind == "array":
+        _write_npy(path, rng.randbytes(length))
+    else:
+        _write_sparse(path, rng, length)
+    filters = [f"error=EIO@{error}"]
+    filters += [f"delay={block.delay_us}us"] if block.delay_us else []
+    filters += [f"rate={block.rate}"] if block.rate else []
+    return MadeBlock(block, path, f"file:{quote(str(path), safe='/')}#{'&'.join(filters)}")
+
+
+def _write_sparse(path: Path, rng: random.Random, length: int) -> None:
+    with open(path, "wb") as file:
+        file.truncate(length)
+        start = 0
+        while start < length:
+            stretch = min(length - start, PAGE * rng.randrange(1, STRETCH_PAGES_MAX))
+            if rng.random() >= HOLE_SHARE:
+                os.pwrite(file.fileno(), rng.randbytes(stretch), start)
+            start += stretch
+
+
+def _write_npy(path: Path, content: bytes) -> None:
+    described = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({len(content)},), }}"
+    header = described.ljust(NPY_HEADER_BYTES - 1).encode() + b"\n"
+    path.write_bytes(NPY_MAGIC + len(header).to_bytes(2, "little") + header + content)
+
+
+def free_huge_pages() -> int:
+    """Free and not promised to anybody; 0 where there are none."""
+    try:
+        free, reserved = (int((HUGE_FOLDER / name).read_text()) for name in ("free_hugepages", "resv_hugepages"))
+    except (OSError, ValueError):
+        return 0
+    return free - reserved
+
+
+def differing(found: bytes, expected: bytes, slot_area: int) -> int:
+    """Bytes of one page that are wrong, slots left out."""
+    if found[slot_area:] == expected[slot_area:]:
+        return 0
+    return sum(a != b for a, b in zip(found[slot_area:], expected[slot_area:], strict=True))
+
+
+def blocks_argument(blocks: dict[str, MadeBlock]) -> str:
+    return json.dumps({name: block.to_json() for name, block in blocks.items()})

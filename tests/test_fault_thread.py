@@ -1,0 +1,624 @@
+"""Fault threads at the core's level and under load: who is served, who is cut off, what goes while they run."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import random
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from core_support import Child, child
+from pcshare import probe
+from pcshare.core import ffi, lib
+from pcshare.errors import PcshareError
+from pcshare.fault_thread import EventKind, FaultEvent, FaultThreads
+from pcshare.fds import OwnedFd
+from pcshare.keeper import Keeper
+from pcshare.ramblock import RAMBlock, rounded_up
+from pcshare.sources import open_source, parse_arguments
+from pcshare.status import SegmentWriter, read_status
+from pcshare.trace import TraceFile, read_trace
+from support import wait_until
+from support_serving import EAGER, LAZY, PAGE, WAIT_S, is_readable, make_file, page_of, serving
+
+N_PAGES = 64
+LENGTH = N_PAGES * PAGE - 100
+THREAD_ID = lib.UFFD_FEATURE_BIT_THREAD_ID
+_libc = ctypes.CDLL(None)
+
+
+class Rig:
+    """Fault threads with blocks and remote fds, and no coordinator around them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.keeper = Keeper.spawn()
+        self.segment = SegmentWriter(name, "/nowhere.sock")
+        features = probe.wanted_features(probe.require_host(PAGE).features)
+        self.threads = FaultThreads(self.segment.header, features)
+        self.threads.set_stream(LAZY)
+        self.blocks: dict[int, RAMBlock] = {}
+        self._slots = 0
+
+    def add_block(self, source: str, index: int = 0, *, writable: bool = False, poison: bool = False) -> RAMBlock:
+        opened = open_source(parse_arguments([source])[0])
+        region = self.segment.add_bitmap(rounded_up(opened.used_length, PAGE) // PAGE, [(0, 1)])
+        status = self.segment.block_slot(index)
+        status.bitmap_offset = region.offset
+        ram = RAMBlock(
+            self.keeper, opened.spec.block, used_length=opened.used_length, page_size=PAGE, writable=writable,
+            extents=opened.extents, index=index, status=status, received=region.address,
+        )  # fmt: skip
+        channel = opened.make_channel()
+        opened.close()
+        self.threads.add_block(ram, channel, poison=poison)
+        self.blocks[index] = ram
+        return ram
+
+    def add_remote(
+        self, ram: RAMBlock, helper: Child, maps: list[tuple[int, int, int]] | None = None
+    ) -> tuple[int, socket.socket]:
+        """(id, the helper's end of the control socket)"""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        status = self.segment.helper_slot(self._slots)
+        status.state = lib.STATUS_HELPER_ATTACHED
+        self._slots += 1
+        maps = maps or [(helper.addr, 0, ram.map_length)]
+        number = self.threads.add_remote(ram, OwnedFd(os.dup(helper.uffd)), OwnedFd(ours.detach()), maps, status)
+        return number, theirs
+
+    def remove_block(self, index: int) -> None:
+        self.threads.remove_block(index)
+        self.blocks.pop(index).close()
+
+    def events(self) -> list[FaultEvent]:
+        return list(self.threads.events())
+
+    def wait_for_event(self, kind: EventKind) -> FaultEvent:
+        found: list[FaultEvent] = []
+
+        def has_come() -> bool:
+            is_readable(self.threads.fileno(), 0.05)
+            found.extend(event for event in self.threads.events() if event.kind is kind)
+            return bool(found)
+
+        wait_until(has_come, f"event {kind.name}", WAIT_S)
+        return found[0]
+
+    def close(self) -> None:
+        for ram in self.blocks.values():
+            ram.close()
+        self.threads.close()
+        self.segment.close()
+        self.keeper.close()
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig(f"rig-{os.getpid()}")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def data_file(tmp_path: Path, rng: random.Random) -> Path:
+    return make_file(tmp_path, rng, LENGTH)
+
+
+def own_page(ram: RAMBlock, page: int) -> bytes:
+    """What the coordinator's own mapping holds, touched without the GIL."""
+    here = ctypes.create_string_buffer(PAGE)
+    addr = int(ffi.cast("uintptr_t", ram.pointer.host_addr)) + page * PAGE
+    _libc.memcpy(here, ctypes.c_void_p(addr), ctypes.c_size_t(PAGE))
+    return here.raw
+
+
+def core_threads(name: str = "pcshare-fault") -> list[int]:
+    found = []
+    for tid in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/self/task/{tid}/comm").read_text().strip() == name:
+                found.append(int(tid))
+    return found
+
+
+# ---- threads ----
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_all_threads_run_when_start_returns(rig: Rig, n: int) -> None:
+    """B4: known to run before anything is registered; each has taken its CPU."""
+    rig.threads.start([0, *[-1] * (n - 1)])
+    tids = core_threads()
+    assert len(tids) == n
+    assert sorted(len(os.sched_getaffinity(tid)) for tid in tids)[0] == 1
+    assert len(core_threads("pcshare-stream")) == 1
+
+
+@pytest.mark.parametrize("n", [0, 65])
+def test_number_of_threads_that_cannot_be_is_refused(rig: Rig, n: int) -> None:
+    with pytest.raises(PcshareError, match="starting the fault threads") as caught:
+        rig.threads.start([-1] * n)
+    assert caught.value.errno == errno.EINVAL
+    assert not core_threads()
+
+
+def test_second_start_is_refused_and_the_first_goes_on(rig: Rig, data_file: Path) -> None:
+    rig.threads.start([-1])
+    with pytest.raises(PcshareError):
+        rig.threads.start([-1])
+    ram = rig.add_block(f"data={data_file}")
+    assert own_page(ram, 3) == page_of(data_file.read_bytes(), 3)
+
+
+def test_quit_is_joined_and_may_be_told_twice(rig: Rig, data_file: Path) -> None:
+    """C7: by flag and eventfd; when stop returns no thread of the core is left, whatever the source is doing."""
+    rig.threads.start([-1, -1])
+    rig.add_block(f"data={data_file}#delay=60s&rate=1K")
+    rig.threads.set_stream(EAGER)
+    rig.threads.stop()
+    assert not [tid for name in ("fault", "stream", "read", "filter") for tid in core_threads(f"pcshare-{name}")]
+    rig.threads.stop()
+    rig.threads.close()
+    rig.threads.close()
+
+
+def test_threads_that_never_started_are_freed(rig: Rig, data_file: Path) -> None:
+    """G3."""
+    rig.add_block(f"data={data_file}")
+
+
+def test_threads_of_the_core_take_no_signals(rig: Rig) -> None:
+    rig.threads.start([-1])
+    for tid in core_threads() + core_threads("pcshare-stream"):
+        text = Path(f"/proc/self/task/{tid}/status").read_text()
+        blocked = re.search(r"SigBlk:\s+([0-9a-f]+)", text)
+        assert blocked is not None
+        assert int(blocked[1], 16) & 0x7FFFFFFF == 0x7FFFFFFF & ~(1 << 8 | 1 << 18)  # all but KILL and STOP
+
+
+# ---- faults ----
+
+
+def test_own_fault_is_answered_although_the_gil_is_held(rig: Rig, data_file: Path) -> None:
+    """P9, C1, C2: a Python thread that touches a missing page here stops with the GIL in its hand."""
+    rig.threads.start([-1])
+    ram = rig.add_block(f"data={data_file}#delay=1ms")
+    content = data_file.read_bytes()
+    view = memoryview(ram.own_bytes(0, LENGTH))
+    for offset in (0, 5 * PAGE + 17, LENGTH - 1):
+        assert view[offset] == content[offset]
+    assert [page for page in range(N_PAGES) if ram.is_received(page)] == [0, 5, N_PAGES - 1]
+
+
+def test_own_bytes_outside_the_block_are_refused(rig: Rig, data_file: Path) -> None:
+    """C2."""
+    ram = rig.add_block(f"data={data_file}")
+    for offset, length in ((-1, 1), (0, N_PAGES * PAGE + 1), (N_PAGES * PAGE, 1), (0, -1)):
+        with pytest.raises(ValueError, match="outside block data"):
+            ram.own_bytes(offset, length)
+
+
+def test_helpers_fault_is_answered(rig: Rig, data_file: Path) -> None:
+    """C3: client_addr to block and offset; the page is aligned down to the block's page size."""
+    rig.threads.start([-1, -1])
+    ram = rig.add_block(f"data={data_file}")
+    content = data_file.read_bytes()
+    with child(ram.helper_memfd(writing=False), ram.map_length, features=THREAD_ID) as helper:
+        number, control = rig.add_remote(ram, helper)
+        for offset in (2 * PAGE + 5, 2 * PAGE + 6, LENGTH - 1, LENGTH):
+            helper.tell(f"touch {offset}")
+            assert helper.answer() == (content[offset : offset + 1] or b"\0")
+        assert rig.segment.helper_slot(0).faults == 2
+        rig.threads.remove_remote(number)
+        control.close()
+
+
+def test_helper_shows_a_part_of_the_block_where_its_map_says(rig: Rig, data_file: Path) -> None:
+    """C3: also in two maps that lie the other way round."""
+    rig.threads.start([-1])
+    ram = rig.add_block(f"data={data_file}")
+    half = N_PAGES // 2 * PAGE
+    with child(ram.helper_memfd(writing=False), ram.map_length, features=THREAD_ID) as helper:
+        maps = [(helper.addr + half, half, half), (helper.addr, 0, half)]
+        number, control = rig.add_remote(ram, helper, maps)
+        helper.tell(f"touch {half}")
+        assert helper.answer() == data_file.read_bytes()[half : half + 1]
+        assert ram.is_received(N_PAGES // 2)
+        rig.threads.remove_remote(number)
+        control.close()
+
+
+def touch_in_threads(ram: RAMBlock, pages: list[int]) -> tuple[list[threading.Thread], dict[int, bytes]]:
+    found: dict[int, bytes] = {}
+    threads = [threading.Thread(target=lambda p=page: found.__setitem__(p, own_page(ram, p))) for page in pages]
+    for thread in threads:
+        thread.start()
+    return threads, found
+
+
+def test_many_messages_are_read_at_once_and_all_answered(rig: Rig, data_file: Path) -> None:
+    """C6: also those that waited before the threads ran."""
+    ram = rig.add_block(f"data={data_file}")
+    pages = list(range(40))
+    threads, found = touch_in_threads(ram, pages)
+    fdinfo = Path(f"/proc/self/fdinfo/{ram.pointer.own_uffd}")
+    wait_until(lambda: "pending:\t40" in fdinfo.read_text(), "40 threads to wait")
+    messages = ffi.new("struct uffd_message[]", lib.UFFD_READ_MAX)
+    assert lib.uffd_read(ram.pointer.own_uffd, messages, lib.UFFD_READ_MAX) == lib.UFFD_READ_MAX
+    assert lib.uffd_wake_all(ram.pointer.own_uffd) == 0  # what was read here comes again
+    rig.threads.start([-1, -1])
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert found == {page: page_of(data_file.read_bytes(), page) for page in pages}
+
+
+def test_received_page_is_woken_not_requested(rig: Rig, data_file: Path, tmp_path: Path) -> None:
+    """D1: the fault was queued before the page came."""
+    rig.threads.start([-1])
+    ram = rig.add_block(f"data={data_file}")
+    with child(ram.helper_memfd(writing=False), ram.map_length, features=THREAD_ID) as helper:
+        helper.tell("touch 4096")
+        assert is_readable(helper.uffd, WAIT_S)
+        own_page(ram, 1)
+        ring = TraceFile.start(str(tmp_path / "trace"))
+        number, control = rig.add_remote(ram, helper)
+        assert helper.answer() == data_file.read_bytes()[PAGE : PAGE + 1]
+        ring.close()
+        rig.threads.remove_remote(number)
+        control.close()
+    steps = [(one.event, one.detail) for one in read_trace(str(tmp_path / "trace"))]
+    assert ("request_shared", 1) in steps
+    assert not [event for event, _ in steps if event.startswith("place")]
+    assert ("wake", 0) in steps
+
+
+# ---- who is cut off ----
+
+
+OFFENCES = [
+    ("dontneed 0 4096", lib.UFFD_FEATURE_BIT_EVENT_REMOVE | THREAD_ID, errno.EBADMSG),
+    ("unmap", lib.UFFD_FEATURE_BIT_EVENT_UNMAP | THREAD_ID, errno.EBADMSG),
+    ("fork", lib.UFFD_FEATURE_BIT_EVENT_FORK | THREAD_ID, errno.EBADMSG),
+    ("blocking", THREAD_ID, errno.EBADFD),
+    (f"touch {N_PAGES // 2 * PAGE}", THREAD_ID, errno.EFAULT),
+]
+
+
+@pytest.mark.parametrize(("command", "features", "error"), OFFENCES, ids=[row[0].split()[0] for row in OFFENCES])
+def test_offender_is_disabled_with_its_errno_and_the_others_go_on(
+    rig: Rig, data_file: Path, command: str, features: int, error: int
+) -> None:
+    """C4, P4, T5, T8."""
+    rig.threads.start([-1, -1])
+    ram = rig.add_block(f"data={data_file}")
+    memfd = ram.helper_memfd(writing=False)
+    with (
+        child(memfd, ram.map_length, features=features) as offender,
+        child(memfd, ram.map_length, features=THREAD_ID) as honest,
+    ):
+        half = [(offender.addr, 0, N_PAGES // 2 * PAGE)]
+        number, control = rig.add_remote(ram, offender, half)
+        honest_number, honest_control = rig.add_remote(ram, honest)
+        fds = len(os.listdir("/proc/self/fd"))
+        offender.tell(command)
+        event = rig.wait_for_event(EventKind.REMOTE_DISABLED)
+        assert (event.remote_id, event.error) == (number, error)
+        if error == errno.EFAULT:
+            assert event.offset == offender.addr + N_PAGES // 2 * PAGE
+        honest.tell(f"touch {7 * PAGE}")
+        assert honest.answer() == data_file.read_bytes()[7 * PAGE : 7 * PAGE + 1]
+        wait_until(lambda: len(os.listdir("/proc/self/fd")) == fds, "no fd that a fork event brought")
+        for one, end in ((number, control), (honest_number, honest_control)):
+            rig.threads.remove_remote(one)
+            end.close()
+        assert not rig.events()
+
+
+def test_remote_fd_that_is_cut_off_is_polled_no_more(rig: Rig, data_file: Path) -> None:
+    """C4: and its uffd stays open, or the kernel would answer it with zero pages."""
+    rig.threads.start([-1])
+    ram = rig.add_block(f"data={data_file}")
+    with child(ram.helper_memfd(writing=False), ram.map_length, features=THREAD_ID) as helper:
+        number, control = rig.add_remote(ram, helper)
+        rig.threads.disable_remote(number, errno.EPROTO)
+        rig.threads.disable_remote(number, errno.EPROTO)
+        helper.tell("touch 0")
+        assert is_readable(helper.uffd, WAIT_S)
+        own_page(ram, 1)  # a fault that came later has been answered
+        assert not helper.has_answered(0)
+        assert [event.kind for event in rig.events()] == [EventKind.REMOTE_DISABLED]
+        rig.threads.remove_remote(number)
+        control.close()
+
+
+def test_hang_up_and_leave_are_told(rig: Rig, data_file: Path) -> None:
+    rig.threads.start([-1])
+    ram = rig.add_block(f"data={data_file}")
+    with child(ram.helper_memfd(writing=False), ram.map_length, features=THREAD_ID) as helper:
+        number, control = rig.add_remote(ram, helper)
+        control.close()
+        assert rig.wait_for_event(EventKind.REMOTE_HUNG_UP).remote_id == number
+        rig.threads.remove_remote(number)
+        number, control = rig.add_remote(ram, helper)
+        header = ffi.new("struct wire_plain *", {"header": (lib.WIRE_MAGIC, lib.WIRE_VERSION, lib.WIRE_LEAVE, 16, 0)})
+        control.send(bytes(ffi.buffer(header)))
+        assert rig.wait_for_event(EventKind.REMOTE_LEFT).remote_id == number
+        rig.threads.remove_remote(number)
+        control.close()
+
+
+def test_address_space_that_has_ended_is_seen(rig: Rig, data_file: Path) -> None:
+    """T17: a uffd says nothing of that by itself, neither of exit nor of exec."""
+    rig.threads.start([-1])
+    ram = rig.add_block(f"data={data_file}")
+    with child(ram.helper_memfd(writing=False), ram.map_length, features=THREAD_ID) as helper:
+        number, control = rig.add_remote(ram, helper)
+        assert not rig.threads.is_gone(number)
+        helper.tell("exec")
+        wait_until(lambda: rig.threads.is_gone(number), "the end of an address space by exec")
+        rig.threads.remove_remote(number)
+        control.close()
+        helper.process.kill()
+
+
+def test_name_of_a_remote_fd_is_never_used_again(rig: Rig, data_file: Path) -> None:
+    """C5: an event that comes late names nobody else."""
+    rig.threads.start([-1])
+    ram = rig.add_block(f"data={data_file}")
+    with child(ram.helper_memfd(writing=False), ram.map_length, features=THREAD_ID) as helper:
+        seen = set()
+        for _ in range(5):
+            number, control = rig.add_remote(ram, helper)
+            rig.threads.remove_remote(number)
+            control.close()
+            assert number not in seen
+            seen.add(number)
+            for call in (rig.threads.remove_remote, lambda n: rig.threads.disable_remote(n, 1)):
+                with pytest.raises(PcshareError) as caught:
+                    call(number)
+                assert caught.value.errno == errno.ENOENT
+
+
+# ---- blocks that come and go ----
+
+
+def test_block_with_helpers_is_not_removed(rig: Rig, data_file: Path) -> None:
+    """C5."""
+    rig.threads.start([-1])
+    ram = rig.add_block(f"data={data_file}")
+    with child(ram.helper_memfd(writing=False), ram.map_length, features=THREAD_ID) as helper:
+        number, control = rig.add_remote(ram, helper)
+        with pytest.raises(PcshareError, match="removing a block") as caught:
+            rig.threads.remove_block(0)
+        assert caught.value.errno == errno.EBUSY
+        rig.threads.remove_remote(number)
+        control.close()
+    rig.remove_block(0)
+    with pytest.raises(PcshareError) as caught:
+        rig.threads.remove_block(0)
+    assert caught.value.errno == errno.ENOENT
+
+
+@pytest.mark.parametrize("poison", [False, True])
+def test_blocks_come_and_go_while_another_is_served_and_streamed(
+    rig: Rig, data_file: Path, tmp_path: Path, poison: bool
+) -> None:
+    """C5: whatever their source is doing at that moment: slow, failing, delayed or done."""
+    rig.threads.start([-1, -1])
+    rig.threads.set_stream(EAGER)
+    ram = rig.add_block(f"data={data_file}#delay=1ms", poison=poison)
+    failing = tmp_path / "failing"
+    failing.touch()
+    content = data_file.read_bytes()
+    fds = len(os.listdir("/proc/self/fd"))
+    filters = ("", "#delay=1ms", "#delay=60s", "#rate=100K", f"#error=EIO@{failing}", f"#delay=1ms&error=EIO@{failing}")
+    for number in range(10):
+        for index, text in enumerate(filters, start=1):
+            rig.add_block(f"b{index}={data_file}{text}", index, poison=poison)
+        assert own_page(ram, number) == page_of(content, number)
+        for index in range(1, len(filters) + 1):
+            rig.remove_block(index)
+    assert {event.block_index for event in rig.events()} <= {0}
+    assert len(os.listdir("/proc/self/fd")) == fds + 10 * 0
+
+
+def test_complete_block_is_told_once_and_only_then_ended(rig: Rig, data_file: Path) -> None:
+    rig.threads.start([-1])
+    ram = rig.add_block(f"data={data_file}")
+    with pytest.raises(PcshareError, match="ending a block") as caught:
+        rig.threads.complete_block(0)
+    assert caught.value.errno == errno.EBUSY
+    rig.threads.set_stream(EAGER)
+    assert rig.wait_for_event(EventKind.BLOCK_COMPLETE).block_index == 0
+    assert b"".join(own_page(ram, page) for page in range(N_PAGES))[:LENGTH] == data_file.read_bytes()
+    rig.threads.complete_block(0)
+    assert not rig.events()
+
+
+def test_block_of_holes_only_is_complete_at_once(rig: Rig) -> None:
+    rig.threads.start([-1])
+    rig.add_block("scratch=zero:1M", writable=True)
+    assert rig.wait_for_event(EventKind.BLOCK_COMPLETE).block_index == 0
+
+
+def test_second_block_of_one_number_is_refused_and_freed(rig: Rig, data_file: Path) -> None:
+    """G3."""
+    rig.add_block(f"data={data_file}")
+    fds = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(PcshareError, match="serving block other") as caught:
+        rig.add_block(f"other={data_file}")
+    assert caught.value.errno == errno.EINVAL
+    assert len(os.listdir("/proc/self/fd")) <= fds + 1  # the read-only memfd that the Python object held goes with it
+
+
+# ---- with a coordinator around them ----
+
+
+def test_one_request_a_page_however_many_wait(
+    runtime_dir: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """D3, E4: and all who wait are woken, one call a helper."""
+    trace = tmp_path / "trace"
+    with serving(f"data={data_file}#delay=300ms", stream_mode=LAZY, trace=str(trace)) as served:
+        helpers = [served.helper() for _ in range(3)]
+        for helper in helpers:
+            helper.do("b = attach()")
+        pending = [helper.start("read(b, 5 * 4096)") for helper in helpers for _ in range(4)]
+        served.wait_for_waiting(12)
+        assert [one.result() for one in pending] == [data_file.read_bytes()[5 * PAGE : 5 * PAGE + 1]] * 12
+        block = served.block()
+        assert (block.demand_pages, block.received_pages) == (1, 1)
+        assert served.status().faults == 12
+    steps = [(one.event, one.detail) for one in read_trace(str(trace)) if one.page == 5]
+    assert steps.count(("request_shared", 0)) == 1
+    assert steps.count(("request_shared", 2)) == 11
+    assert [event for event, _ in steps].count("wake") == 3
+    assert [event for event, _ in steps].count("place") == 1
+
+
+def test_nobody_who_does_not_wait_is_woken(runtime_dir: Path, data_file: Path, tmp_path: Path) -> None:
+    """E4, E6: also not the coordinator's own mapping."""
+    trace = tmp_path / "trace"
+    with serving(f"data={data_file}#delay=1ms", stream_mode=LAZY, trace=str(trace)) as served:
+        helpers = [served.helper() for _ in range(3)]
+        for helper in helpers:
+            helper.do("b = attach()")
+        helpers[1].do("read(b, 0)")
+        helpers[1].do("b.ensure(slice(4096, 8192))")
+    records = list(read_trace(str(trace)))
+    faulted = {one.subject for one in records if one.event == "fault"}
+    assert len(faulted) == 1
+    assert {one.subject for one in records if one.event == "wake"} == faulted
+    assert len([one for one in records if one.event == "wake"]) == 1
+
+
+def test_own_wait_is_woken_like_any_other(runtime_dir: Path, data_file: Path) -> None:
+    """E6: when a helper's request brings the page."""
+    with serving(f"data={data_file}#delay=100ms", stream_mode=LAZY) as served:
+        helper = served.helper()
+        helper.do("b = attach()")
+        pending = helper.start("read(b, 3 * 4096)")
+        served.wait_for_waiting(1)
+        assert own_page(served.ram(), 3) == page_of(data_file.read_bytes(), 3)
+        pending.result()
+
+
+def test_waker_that_fails_keeps_no_other_from_being_woken(runtime_dir: Path, data_file: Path) -> None:
+    """E4: a helper was killed while it waited for the same page."""
+    with serving(f"data={data_file}#delay=500ms", stream_mode=LAZY) as served:
+        victim, other = served.helper(), served.helper()
+        for helper in (victim, other):
+            helper.do("b = attach()")
+        victim.start("b[0]")
+        served.wait_for_waiting(1)
+        pending = other.start("read(b, 0)")
+        served.wait_for_waiting(2)
+        victim.kill()
+        assert pending.result() == data_file.read_bytes()[:1]
+        wait_until(lambda: not served.helpers(victim.pid), "the dead helper to be let go")
+        assert len(served.status().helpers) == 1
+
+
+def test_waiting_thread_that_gets_signals_is_one_waiter(runtime_dir: Path, data_file: Path) -> None:
+    """T13, G6: profiled at 1 kHz it faults again and again; it is not cut off and its wait counts once."""
+    with serving(f"data={data_file}#delay=500ms", stream_mode=LAZY) as served:
+        helper = served.helper()
+        helper.do("b = attach()")
+        helper.do("import signal, ctypes; ctypes.CDLL(None).signal(signal.SIGALRM, ctypes.CFUNCTYPE(None)(lambda: 0))")
+        helper.do("handler = ctypes.CDLL(None).getpid; ctypes.CDLL(None).signal(signal.SIGALRM, handler)")
+        helper.do("signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)")
+        assert helper.do("read(b, 0)") == data_file.read_bytes()[:1]
+        helper.do("signal.setitimer(signal.ITIMER_REAL, 0, 0)")
+        (status,) = served.helpers(helper.pid)
+        assert status.state == "attached"
+        assert sum(status.blocktime.buckets) <= 2  # one, and one more if a message was still on its way
+        assert status.blocktime.max >= 500_000
+        assert status.waiting == 0
+
+
+LOAD = """
+import random, threading
+def scan(seed):
+    rng, pages = random.Random(seed), list(range(N_PAGES))
+    rng.shuffle(pages)
+    for page in pages:
+        bad.extend([page] if read(b, page * 4096, 16) != content[page * 4096:page * 4096 + 16] else [])
+bad = []
+threads = [threading.Thread(target=scan, args=(SEED + i,)) for i in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+bad
+"""
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("filters", ["", "#delay=1ms"], ids=["at hand", "asked for"])
+def test_several_fault_threads_serve_all_helpers_right(
+    runtime_dir: Path, tmp_path: Path, rng: random.Random, seed: int, n: int, filters: str
+) -> None:
+    """T12, T7, P1: random touches by many threads of several processes, none lost, none wrong, no false alarm."""
+    n_pages = 1500
+    path = make_file(tmp_path, rng, n_pages * PAGE)
+    with serving(f"data={path}{filters}", stream_mode=LAZY, fault_threads=n) as served:
+        helpers = [served.helper() for _ in range(3)]
+        for number, helper in enumerate(helpers):
+            helper.do(f"b = attach(); content = open({str(path)!r}, 'rb').read(); N_PAGES, SEED = {n_pages}, {seed + number}")
+        assert len(core_threads()) == n
+        pending = [helper.start(LOAD) for helper in helpers]
+        assert [one.result() for one in pending] == [[]] * 3
+        served.wait_for_state("END")
+        block = served.block()
+        assert (block.received_pages, block.demand_pages, block.foreign_pages) == (n_pages, n_pages, 0)
+        status = served.status()
+        assert sum(status.blocktime.buckets) == status.faults >= n_pages
+
+
+def test_helpers_come_and_go_while_faults_run(runtime_dir: Path, tmp_path: Path, rng: random.Random) -> None:
+    """C5: one that stays sees every byte right while others attach, touch and leave or are killed."""
+    n_pages = 3000
+    path = make_file(tmp_path, rng, n_pages * PAGE)
+    with serving(f"data={path}#delay=200us", stream_mode=LAZY, fault_threads=2) as served:
+        stays = served.helper()
+        stays.do(f"b = attach(); content = open({str(path)!r}, 'rb').read()")
+        pending = stays.start("[p for p in range(3000) if read(b, p * 4096) != content[p * 4096:p * 4096 + 1]]")
+        comer, killed = served.helper(), [served.helper() for _ in range(3)]
+        rounds = 0
+        while not pending.is_done() or rounds < 10:
+            comer.do(f"c = attach(); read(c, {rng.randrange(n_pages)} * 4096); c.close()")
+            if rounds < len(killed):
+                killed[rounds].do("b = attach()")
+                killed[rounds].start("[b[p] for p in range(0, 3000 * 4096, 4096)]")
+                wait_until(lambda: served.helpers(killed[rounds].pid)[0].faults > 0, "a fault of the next victim")  # noqa: B023
+                killed[rounds].kill()
+            rounds += 1
+        assert pending.result() == []
+        wait_until(lambda: len(served.status().helpers) == 1, "only who stays to be left")
+        assert served.block().foreign_pages == 0
+
+
+def test_blocktimes_are_those_of_the_source(runtime_dir: Path, data_file: Path) -> None:
+    """G6: for shared faults, per helper and over all; they stay in the sum when the helper has left."""
+    with serving(f"data={data_file}#delay=5ms", stream_mode=LAZY) as served:
+        helper = served.helper()
+        helper.do("b = attach()")
+        for page in range(20):
+            helper.do(f"read(b, {page} * 4096)")
+        (status,) = served.helpers(helper.pid)
+        assert sum(status.blocktime.buckets) == status.faults == status.demand_pages == 20
+        assert 4096 <= status.blocktime.p50 <= status.blocktime.p99 <= status.blocktime.max
+        assert status.blocktime.max >= 5000
+        assert status.blocktime.total >= 20 * 5000
+        helper.do("b.close()")
+        wait_until(lambda: not served.status().helpers, "the helper to have left")
+        assert sum(read_status(served.name).blocktime.buckets) == 20
+
+
