@@ -278,8 +278,9 @@ class Block(mmap.mmap):
         described: Any = ast.literal_eval(text) if text[:1] in "[(" else text
         dtype: Any = np.lib.format.descr_to_dtype(described)
         order: Any = "F" if info.fortran else "C"
-        # numpy keeps the memoryview, and that keeps the mapping; the block itself it would not lock against close()
-        return np.ndarray(self.shape, dtype, memoryview(self), info.data_offset, order=order)
+        # By way of frombuffer, which locks the mapping against close(): from a memoryview numpy keeps only its base.
+        whole = np.frombuffer(self, dtype=np.uint8)
+        return np.ndarray(self.shape, dtype, whole, info.data_offset, order=order)
 
     def _range(self, part: slice | None) -> tuple[int, int]:
         """(offset, length) in bytes."""
@@ -308,7 +309,7 @@ class Block(mmap.mmap):
                 errno=errno.ETIMEDOUT,
                 hint="see with `pcshare status` whether it is paused, and why",
             )
-        check(rc, f"block {self.idstr}", _error_text() if rc < 0 else "")
+        check(rc, "cannot bring a range", _error_text() if rc < 0 else "")
 
     def prefetch(self, part: slice | None = None) -> None:
         """Asks for a range of bytes (a slice; None: all) ahead of the rest and does not wait. A hint: where too many
@@ -316,7 +317,7 @@ class Block(mmap.mmap):
         offset, length = self._range(part)
         rc = lib.pcshare_prefetch(self._living(), offset, length)
         if rc not in (-errno.EINTR, -errno.EAGAIN):
-            check(rc, f"block {self.idstr}", _error_text() if rc < 0 else "")
+            check(rc, "cannot bring a range", _error_text() if rc < 0 else "")
 
     def is_received(self, part: slice | None = None) -> bool:
         """Whether every page of a range of bytes (a slice; None: all) has been placed: touching it waits for nobody.
@@ -363,7 +364,7 @@ class Block(mmap.mmap):
                     hint="see with `pcshare status` whether it is paused, and why",
                 )
             if rc != -errno.EINTR:
-                check(rc, f"block {self.idstr}", _error_text() if rc < 0 else "")
+                check(rc, "cannot wait for a block", _error_text() if rc < 0 else "")
 
     def _check_comes(self, progress: Progress, fraction: float) -> None:
         """Raises where waiting would be for ever."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pcshare import errors
 from pcshare.cli import options
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def command(**given: Any) -> int:
     Each SOURCE becomes a RAM block that helper processes attach to and use at once: pages they touch come first, a
     stream brings the rest. The command stays in the foreground; SIGINT, SIGTERM or `pcshare stop` end it.
 
-    \\b
+    \b
     Examples:
       pcshare coordinator --name weights weights=/data/weights.npy
       pcshare coordinator --name job --stream lazy index=big.idx scratch=zero:1G
@@ -65,9 +66,10 @@ def command(**given: Any) -> int:
     try:
         return _run(parent, given.pop("as_json"), given.pop("debug"), given)
     except Exception as error:
-        if parent is not None:
-            parent.tell_failure(error)
-        raise
+        if parent is None:
+            raise
+        parent.tell_failure(error)  # who started us says it, and once
+        return errors.exit_code(error)
     finally:
         if parent is not None:
             parent.close()
@@ -86,7 +88,8 @@ def _run(parent: ParentLink | None, as_json: bool, debug: bool, given: dict[str,
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="pcshare: %(message)s")
     server = Server(chosen, keeper.Keeper(socket_fd), parent)
     with stop_signals(server.stop), server:
-        _say_ready(server, as_json)
+        if parent is None:
+            _say_ready(server, as_json)
         server.run()
     return 0
 

@@ -55,14 +55,12 @@ def command(source: Path | None, size: int, arrival: float, rate: int | None, de
       pcshare demo --source big.npy --rate 100M --delay 2ms
       pcshare demo --json | jq '.time_to_first_result_s, .copy_first_s'
     """
-    from rich.console import Console
-
     from pcshare.demo import show
     from pcshare.demo.play import Options, Play
 
     if rate is None and arrival <= 0:
         raise click.UsageError("--seconds must be more than 0")
-    console = Console(stderr=as_json, highlight=False)
+    console = show.console_for(stderr=as_json)
     with ending_signals_raise(), show.Stagehand(console) as stagehand:
         outcome = Play(Options(source, size, delay, rate, arrival), stagehand).run()
     show.print_outcome(console, outcome)

@@ -26,6 +26,7 @@ from pcshare.units import format_bytes
 
 log = logging.getLogger("pcshare")
 
+SOURCE_IN_REASON_LENGTH_MAX = 120  # a reason holds twice as much, and must have room for the error and its cure
 CGROUP_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -185,12 +186,14 @@ class Blocks:
         self._change(block, State.PAUSED, reason)
 
     def _note(self, block: Block, reason: str) -> None:
+        if block.state is State.END:
+            return
         log.warning("block %s: %s", block.idstr, reason)
         self._change(block, block.state, reason)
 
     def _lost(self, block: Block) -> str:
         lost = self._segment.block_slot(block.index).lost_pages
-        return f"all that {block.source.spec.text} still has is here, it lost {lost} pages; touching them is SIGBUS"
+        return f"all that {_shortened(block.source.spec.text)} still has is here, it lost {lost} pages; touching them is SIGBUS"
 
     def _report_foreign(self, block: Block, offset: int) -> None:
         count = self._segment.block_slot(block.index).foreign_pages
@@ -224,8 +227,16 @@ class Blocks:
             block.source.close()
 
 
+def _shortened(text: str) -> str:
+    """Both ends of a long source: the path's begin, and its file with the filters."""
+    if len(text) <= SOURCE_IN_REASON_LENGTH_MAX:
+        return text
+    half = (SOURCE_IN_REASON_LENGTH_MAX - 3) // 2
+    return f"{text[:half]}...{text[-half:]}"
+
+
 def _reading_failed(block: Block, event: FaultEvent) -> str:
-    text = block.source.spec.text
+    text = _shortened(block.source.spec.text)
     if event.error == errno.ENODATA:
         return f"{text} is shorter than it was: nothing at offset {event.offset}"
     return f"reading {text} at offset {event.offset}: {os.strerror(event.error)}"

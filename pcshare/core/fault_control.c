@@ -106,6 +106,8 @@ void handle_control(struct fault_threads *ft, struct remote_fd *remote)
         int length = fd_message_receive(remote->control, &message, sizeof(message), NULL, NULL, MSG_DONTWAIT);
         if (length == -EAGAIN || length == -EINTR)
             return;
+        if (length == -ECONNRESET) /* it closed with our answers unread: told once, before its last words */
+            continue;
         if (length == -EMSGSIZE) {
             refuse(ft, remote, EPROTO, "a message that is too long, or fds where none belong");
             return;

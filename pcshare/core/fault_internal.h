@@ -104,7 +104,6 @@ void after_placing(struct fault_threads *ft, struct served_block *served, uint64
 /* Pages came because this helper asked. It may be gone by now. */
 void credit_helper(struct fault_threads *ft, uint32_t remote_id, uint64_t placed);
 void lose_page(struct fault_threads *ft, struct served_block *served, uint64_t page);
-void unask_pages(struct fault_threads *ft, struct served_block *served, uint64_t page, uint64_t n);
 /* How many bytes of [page, page + n) the source holds; the rest of the last page is zeros. */
 uint64_t source_length(const struct ramblock *block, uint64_t page, uint64_t n);
 void ask_again(struct fault_threads *ft, struct served_block *served);

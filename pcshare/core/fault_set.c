@@ -238,6 +238,9 @@ void fault_threads_set_stream(struct fault_threads *ft, uint32_t mode, uint64_t 
     __atomic_store_n(&ft->status->stream_mode, mode, __ATOMIC_RELAXED);
     __atomic_store_n(&ft->status->stream_rate, rate, __ATOMIC_RELAXED);
     stream_set(ft, mode, rate);
+    for (uint32_t i = 0; i < STATUS_BLOCKS_MAX; i++) /* who waits for progress may wait in vain from now on */
+        if (ft->blocks[i])
+            status_block_notify(ft->blocks[i]->block->status);
 }
 
 static void clear_lost(struct fault_threads *ft, struct ramblock *block)

@@ -20,9 +20,11 @@
 enum { EXIT_USAGE = 2, EXIT_NOT_EXECUTABLE = 126, EXIT_NOT_FOUND = 127, EXIT_SIGNAL_BASE = 128 };
 
 static volatile sig_atomic_t child_pid;
+static volatile sig_atomic_t forwarded; /* the last signal passed on: dying of it is no news */
 
 static void forward(int signal_number)
 {
+    forwarded = signal_number;
     if (child_pid > 0)
         kill((pid_t)child_pid, signal_number);
 }
@@ -57,12 +59,12 @@ static int reap(pid_t pid)
     while (waitpid(pid, &status, 0) < 0)
         if (errno != EINTR)
             return EXIT_FAILURE;
-    if (WIFSIGNALED(status)) {
+    if (!WIFSIGNALED(status))
+        return WEXITSTATUS(status);
+    if (WTERMSIG(status) != forwarded)
         fprintf(stderr, "pcshare-keeper: the coordinator (pid %d) was killed by signal %d (%s)\n", (int)pid,
                 WTERMSIG(status), strsignal(WTERMSIG(status)));
-        return EXIT_SIGNAL_BASE + WTERMSIG(status);
-    }
-    return WEXITSTATUS(status);
+    return EXIT_SIGNAL_BASE + WTERMSIG(status);
 }
 
 static int keep_for(char **command)

@@ -153,21 +153,19 @@ int stream_add_range(struct fault_threads *ft, struct ramblock *block, uint64_t 
     if (remote)
         __atomic_add_fetch(&remote->requests_in_flight, 1, __ATOMIC_RELAXED);
     trace_point(TRACE_RANGE_REQUEST, block->index, remote ? remote->id : 0, start, end - start);
-    uint64_t lost = bitmap_next_set(block->failed, start, end);
-    if (lost < end && wait) {
-        end_range(ft, range, -EIO, lost * block->page_size, block->page_size);
-        return 0;
-    }
     pthread_mutex_lock(&s->lock);
-    /* Under the lock: a page placed from now on finds the range. */
+    /* Under the lock: a page that is placed or lost from now on finds the range. */
+    uint64_t lost = wait ? bitmap_next_set(block->failed, start, end) : end;
     range->cursor = ramblock_next_missing(block, start, end);
-    int complete = range->cursor == end;
-    if (!complete) {
+    int over = lost < end || range->cursor == end;
+    if (!over) {
         append_range(s, range);
         pthread_cond_broadcast(&s->wake);
     }
     pthread_mutex_unlock(&s->lock);
-    if (complete)
+    if (lost < end)
+        end_range(ft, range, -EIO, lost * block->page_size, block->page_size);
+    else if (over)
         end_range(ft, range, 0, 0, 0);
     return 0;
 }
@@ -272,9 +270,9 @@ void stream_drop_block(struct fault_threads *ft, const struct ramblock *block)
     struct stream *s = &ft->stream;
 
     pthread_mutex_lock(&s->lock);
-    struct stream_range *list = take_ranges(s, is_of_block, block);
-    while (s->running && pieces_of_block(s, block))
+    while (s->running && pieces_of_block(s, block)) /* first: a piece that fails may leave two ranges */
         pthread_cond_wait(&s->wake, &s->lock);
+    struct stream_range *list = take_ranges(s, is_of_block, block);
     pthread_mutex_unlock(&s->lock);
     end_ranges(ft, list, -ECANCELED, 0, 0);
 }
@@ -314,6 +312,7 @@ static int claim_for_range(struct fault_threads *ft, struct stream_piece *piece)
             piece->request.page = first;
             piece->request.n_pages = n;
             piece->kind = range->wait ? PLACED_DEMAND : PLACED_STREAM;
+            piece->asker = range->wait && range->remote ? range->remote->id : 0;
             return ISSUED;
         }
         if (!range->wait && range->issue == range->end)
@@ -330,7 +329,7 @@ static void take_hint(struct stream *s)
 
     if (hint) {
         s->block_index = (uint32_t)((hint - 1) >> HINT_BLOCK_SHIFT);
-        s->cursor = (hint - 1) & ((1ull << HINT_BLOCK_SHIFT) - 1);
+        s->cursor = ((hint - 1) & ((1ull << HINT_BLOCK_SHIFT) - 1)) + 1; /* that page itself is under way */
     }
 }
 
@@ -372,6 +371,7 @@ static int claim_for_background(struct fault_threads *ft, struct stream_piece *p
             piece->request.page = first;
             piece->request.n_pages = n;
             piece->kind = PLACED_STREAM;
+            piece->asker = 0;
             return ISSUED;
         }
         if (served && !served->complete)
@@ -471,6 +471,8 @@ static void piece_failed(struct fault_threads *ft, struct stream_piece *piece, i
 
     trace_point(TRACE_SOURCE_ERROR, piece->block->index, 0, page, (uint64_t)error);
     bitmap_clear_range(piece->block->requested, page, end);
+    for (uint64_t i = page; i < end && kind == EVENT_BLOCK_PLACE_ERROR; i++)
+        waiters_unask(&ft->waiters, piece->block, i); /* who saw us placing the page has not asked for it */
     if (kind == EVENT_BLOCK_PLACE_ERROR || served->on_source_loss == SOURCE_LOSS_PAUSE) {
         pause_block(ft, served, error, page, kind);
     } else if (end - page > 1) {
@@ -497,6 +499,7 @@ static void finish_piece(struct fault_threads *ft, struct stream_piece *piece)
     rc = ramblock_place(block, request->page, request->n_pages, request->bytes, &placed);
     if (rc >= 0)
         bitmap_clear_range(block->requested, request->page, request->page + request->n_pages);
+    credit_helper(ft, piece->asker, placed);
     after_placing(ft, served_block_of(ft, block), request->page, request->n_pages, placed, piece->kind);
     if (rc < 0)
         piece_failed(ft, piece, -rc, EVENT_BLOCK_PLACE_ERROR);

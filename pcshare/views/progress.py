@@ -227,5 +227,6 @@ def block_line(block: BlockStatus) -> Table:
         Text(block.state, style="bold red" if block.state == "PAUSED" else "dim"),
         f"demand {block.demand_pages:,}  stream {block.stream_pages:,}  zero {block.zero_pages:,}",
         f"holes {block.hole_pages:,}",
+        *([f"lost {block.lost_pages:,}"] if block.lost_pages else []),
     )
     return table
