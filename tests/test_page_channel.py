@@ -19,7 +19,7 @@ from support import needs
 CANNOT = 77
 NOWAIT = "temporary files on a file system that can read without waiting"
 NOT_WITH_ASAN = "no_reader_can_start"  # it cannot live without address space
-CORE_FILES = ["page_channel.c", "page_channel_file.c", "page_channel_filter.c", "uffd.c"]
+CORE_FILES = ["page_channel.c", "page_channel_file.c", "page_channel_filter.c", "thread.c", "uffd.c"]
 SANITIZERS = {"plain": None, "asan": "address,undefined", "tsan": "thread"}
 CASES = (
     "reads",

@@ -75,10 +75,6 @@ struct fault_threads {
     uint64_t events_pending; /* how many objects have events: a hint to stop searching early */
 };
 
-uint64_t clock_ns(void);
-/* A thread of the core takes no signals: they are for Python's main thread. */
-int start_thread(pthread_t *threadp, const char *name, void *(*run)(void *), void *argument);
-
 /* fault_thread.c */
 int start_polling(struct fault_threads *ft, struct remote_fd *remote);
 void stop_polling(struct fault_threads *ft, int fd);

@@ -4,42 +4,20 @@
 
 #include <errno.h>
 #include <sched.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "thread.h"
 #include "trace.h"
 #include "uffd.h"
 
 /* What an epoll event is about; the low half of its data is a remote fd's id. */
 enum { POLL_QUIT = 0, POLL_UFFD = 1, POLL_CONTROL = 2 };
 enum { POLL_KIND_SHIFT = 32 };
-
-uint64_t clock_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
-}
-
-int start_thread(pthread_t *threadp, const char *name, void *(*run)(void *), void *argument)
-{
-    sigset_t all, before;
-
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int rc = pthread_create(threadp, NULL, run, argument);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (rc == 0)
-        pthread_setname_np(*threadp, name);
-    return -rc;
-}
 
 /* ---- polling ---- */
 
@@ -195,7 +173,7 @@ static int start_worker(struct fault_threads *ft, uint32_t number, int32_t cpu)
         return -errno;
     int rc = poll_fd(worker, ft->quit_fd, POLL_QUIT, 0);
     if (rc == 0)
-        rc = start_thread(&worker->thread, "pcshare-fault", worker_run, worker);
+        rc = thread_new(&worker->thread, "pcshare-fault", worker_run, worker);
     if (rc == 0)
         pin(worker);
     return rc;

@@ -4,7 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include "page_channel.h"
-#include "page_channel_thread.h"
 
 int page_channel_read_now(struct page_channel *channel, void *bytes, uint64_t length, uint64_t offset)
 {
@@ -21,20 +20,6 @@ void page_channel_free(struct page_channel *channel)
 {
     if (channel)
         channel->ops->free(channel);
-}
-
-int page_channel_thread_new(pthread_t *threadp, const char *name, void *(*run)(void *), void *argument)
-{
-    sigset_t all, before;
-    int rc;
-
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before); /* the new thread inherits it */
-    rc = pthread_create(threadp, NULL, run, argument);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (rc == 0)
-        pthread_setname_np(*threadp, name);
-    return -rc;
 }
 
 static int zero_read_now(struct page_channel *channel, void *bytes, uint64_t length, uint64_t offset)

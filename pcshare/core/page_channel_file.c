@@ -12,7 +12,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 #include "page_channel.h"
-#include "page_channel_thread.h"
+#include "thread.h"
 
 enum {
     PAGE_CHANNEL_READERS_MAX = 16,       /* demand: as many reads as one disk or one NFS mount does side by side */
@@ -190,7 +190,7 @@ static void lane_start_reader(struct lane *lane, int slot)
 {
     struct file_channel *c = lane->channel;
     struct page_request *stranded = NULL;
-    int rc = page_channel_thread_new(&lane->threads[slot], "pcshare-read", reader_run, lane);
+    int rc = thread_new(&lane->threads[slot], "pcshare-read", reader_run, lane);
 
     pthread_mutex_lock(&c->mutex);
     lane->n_starting--;

@@ -12,7 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 #include "page_channel.h"
-#include "page_channel_thread.h"
+#include "thread.h"
 
 #define NS_PER_S 1000000000ull
 
@@ -34,14 +34,6 @@ struct filter_channel {
     struct page_request *waiting; /* by due_ns, those of one time in order of arrival */
 };
 
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * NS_PER_S + (uint64_t)now.tv_nsec;
-}
-
 static uint64_t later(uint64_t a_ns, uint64_t b_ns)
 {
     return a_ns > b_ns ? a_ns : b_ns;
@@ -58,7 +50,7 @@ static uint64_t transfer_ns(const struct filter_channel *c, uint64_t length)
 /* With the mutex held: when the request may go on. */
 static uint64_t filter_book(struct filter_channel *c, const struct page_request *request)
 {
-    uint64_t now = now_ns(), cost = transfer_ns(c, request->length);
+    uint64_t now = clock_ns(), cost = transfer_ns(c, request->length);
 
     if (!request->is_demand) {
         c->all_free_ns = later(now, c->all_free_ns) + cost;
@@ -92,7 +84,7 @@ static struct page_request *filter_wait(struct filter_channel *c)
             pthread_cond_wait(&c->changed, &c->mutex);
             continue;
         }
-        if (c->waiting->due_ns <= now_ns()) {
+        if (c->waiting->due_ns <= clock_ns()) {
             request = c->waiting;
             c->waiting = request->next;
             break;
@@ -218,7 +210,7 @@ int page_channel_filter_new(struct page_channel **channelp, struct page_channel 
     else if (error_path && !(c->error_path = strdup(error_path)))
         rc = -ENOMEM;
     if (rc == 0)
-        rc = page_channel_thread_new(&c->timer, "pcshare-filter", timer_run, c);
+        rc = thread_new(&c->timer, "pcshare-filter", timer_run, c);
     if (rc < 0) {
         filter_deinit(c);
         return rc;

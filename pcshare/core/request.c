@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "bitmap.h"
+#include "thread.h"
 #include "trace.h"
 #include "uffd.h"
 

@@ -8,6 +8,8 @@
 #include <time.h>
 
 #include "bitmap.h"
+#include "stream_range.h"
+#include "thread.h"
 #include "trace.h"
 
 enum { HINT_BLOCK_SHIFT = 48 };
@@ -78,184 +80,6 @@ void stream_follow(struct fault_threads *ft, const struct ramblock *block, uint6
     __atomic_store_n(&ft->stream.hint, hint, __ATOMIC_RELAXED);
 }
 
-/* ---- ranges ---- */
-
-static void append_range(struct stream *s, struct stream_range *range)
-{
-    range->next = NULL;
-    *s->ranges_tail = range;
-    s->ranges_tail = &range->next;
-}
-
-static void push_range(struct stream *s, struct stream_range *range)
-{
-    range->next = s->ranges;
-    s->ranges = range;
-    if (s->ranges_tail == &s->ranges)
-        s->ranges_tail = &range->next;
-}
-
-static struct stream_range *unlink_range(struct stream *s, struct stream_range **rangep)
-{
-    struct stream_range *range = *rangep;
-
-    *rangep = range->next;
-    if (s->ranges_tail == &range->next)
-        s->ranges_tail = rangep;
-    return range;
-}
-
-/* Tells the helper, if one is owed an answer, and frees. Not under the lock. */
-static void end_range(struct fault_threads *ft, struct stream_range *range, int status, uint64_t offset,
-                      uint64_t length)
-{
-    if (range->remote) {
-        if (range->wait)
-            send_done(ft, range->remote, range->cookie, status, offset, length);
-        __atomic_sub_fetch(&range->remote->requests_in_flight, 1, __ATOMIC_RELAXED);
-        remote_fd_put(range->remote);
-    }
-    free(range);
-}
-
-static void end_ranges(struct fault_threads *ft, struct stream_range *list, int status, uint64_t page, uint64_t n)
-{
-    while (list) {
-        struct stream_range *range = list;
-        list = range->next;
-        end_range(ft, range, status, page * range->block->page_size, n * range->block->page_size);
-    }
-}
-
-static struct stream_range *new_range(struct ramblock *block, uint64_t start, uint64_t end)
-{
-    struct stream_range *range = calloc(1, sizeof(*range));
-
-    if (range) {
-        range->block = block;
-        range->start = range->issue = range->cursor = start;
-        range->end = end;
-    }
-    return range;
-}
-
-int stream_add_range(struct fault_threads *ft, struct ramblock *block, uint64_t start, uint64_t end,
-                     struct remote_fd *remote, uint32_t cookie, int wait)
-{
-    struct stream *s = &ft->stream;
-    struct stream_range *range = new_range(block, start, end);
-
-    if (!range)
-        return -ENOMEM;
-    range->remote = remote ? remote_fd_get(remote) : NULL;
-    range->cookie = cookie;
-    range->wait = wait;
-    if (remote)
-        __atomic_add_fetch(&remote->requests_in_flight, 1, __ATOMIC_RELAXED);
-    trace_point(TRACE_RANGE_REQUEST, block->index, remote ? remote->id : 0, start, end - start);
-    pthread_mutex_lock(&s->lock);
-    /* Under the lock: a page that is placed or lost from now on finds the range. */
-    uint64_t lost = wait ? bitmap_next_set(block->failed, start, end) : end;
-    range->cursor = ramblock_next_missing(block, start, end);
-    int over = lost < end || range->cursor == end;
-    if (!over) {
-        append_range(s, range);
-        pthread_cond_broadcast(&s->wake);
-    }
-    pthread_mutex_unlock(&s->lock);
-    if (lost < end)
-        end_range(ft, range, -EIO, lost * block->page_size, block->page_size);
-    else if (over)
-        end_range(ft, range, 0, 0, 0);
-    return 0;
-}
-
-/* Takes out the ranges for which decide says so; the caller ends them. */
-static struct stream_range *
-take_ranges(struct stream *s, int (*decide)(struct stream_range *range, const void *argument), const void *argument)
-{
-    struct stream_range *list = NULL, **rangep = &s->ranges;
-
-    while (*rangep) {
-        if (!decide(*rangep, argument)) {
-            rangep = &(*rangep)->next;
-            continue;
-        }
-        struct stream_range *range = unlink_range(s, rangep);
-        range->next = list;
-        list = range;
-    }
-    return list;
-}
-
-struct page_span {
-    const struct ramblock *block;
-    uint64_t page, n;
-};
-
-static int is_complete_now(struct stream_range *range, const void *argument)
-{
-    const struct page_span *span = argument;
-
-    if (range->block != span->block || range->cursor < span->page || range->cursor >= span->page + span->n)
-        return 0;
-    range->cursor = ramblock_next_missing(range->block, range->cursor, range->end);
-    return range->cursor == range->end;
-}
-
-void stream_note_received(struct fault_threads *ft, struct ramblock *block, uint64_t page, uint64_t n)
-{
-    struct stream *s = &ft->stream;
-    struct page_span span = {.block = block, .page = page, .n = n};
-
-    if (!__atomic_load_n(&s->ranges, __ATOMIC_SEQ_CST))
-        return;
-    pthread_mutex_lock(&s->lock);
-    struct stream_range *list = take_ranges(s, is_complete_now, &span);
-    pthread_mutex_unlock(&s->lock);
-    end_ranges(ft, list, 0, 0, 0);
-}
-
-static int waits_for_lost(struct stream_range *range, const void *argument)
-{
-    const struct page_span *span = argument;
-
-    return range->block == span->block && range->wait && range->start <= span->page && span->page < range->end;
-}
-
-void stream_note_lost(struct fault_threads *ft, struct ramblock *block, uint64_t page)
-{
-    struct stream *s = &ft->stream;
-    struct page_span span = {.block = block, .page = page, .n = 1};
-
-    pthread_mutex_lock(&s->lock);
-    struct stream_range *list = take_ranges(s, waits_for_lost, &span);
-    pthread_mutex_unlock(&s->lock);
-    end_ranges(ft, list, -EIO, page, 1);
-}
-
-static int is_of_remote(struct stream_range *range, const void *argument)
-{
-    return range->remote == argument;
-}
-
-void stream_drop_remote(struct fault_threads *ft, const struct remote_fd *remote)
-{
-    struct stream *s = &ft->stream;
-
-    pthread_mutex_lock(&s->lock);
-    struct stream_range *list = take_ranges(s, is_of_remote, remote);
-    pthread_mutex_unlock(&s->lock);
-    for (struct stream_range *range = list; range; range = range->next)
-        range->wait = 0;
-    end_ranges(ft, list, 0, 0, 0);
-}
-
-static int is_of_block(struct stream_range *range, const void *argument)
-{
-    return range->block == argument;
-}
-
 static int pieces_of_block(const struct stream *s, const struct ramblock *block)
 {
     int n = 0;
@@ -272,9 +96,9 @@ void stream_drop_block(struct fault_threads *ft, const struct ramblock *block)
     pthread_mutex_lock(&s->lock);
     while (s->running && pieces_of_block(s, block)) /* first: a piece that fails may leave two ranges */
         pthread_cond_wait(&s->wake, &s->lock);
-    struct stream_range *list = take_ranges(s, is_of_block, block);
+    struct stream_range *list = stream_range_take_block(s, block);
     pthread_mutex_unlock(&s->lock);
-    end_ranges(ft, list, -ECANCELED, 0, 0);
+    stream_range_end_list(ft, list, -ECANCELED, 0, 0);
 }
 
 /* ---- what to ask for next ---- */
@@ -316,7 +140,7 @@ static int claim_for_range(struct fault_threads *ft, struct stream_piece *piece)
             return ISSUED;
         }
         if (!range->wait && range->issue == range->end)
-            end_range(ft, unlink_range(s, rangep), 0, 0, 0);
+            stream_range_end(ft, stream_range_unlink(s, rangep), 0, 0, 0);
         else
             rangep = &range->next;
     }
@@ -442,8 +266,8 @@ static void halve_piece(struct fault_threads *ft, const struct stream_piece *pie
 {
     struct stream *s = &ft->stream;
     uint64_t middle = piece->request.page + piece->request.n_pages / 2;
-    struct stream_range *low = new_range(piece->block, piece->request.page, middle);
-    struct stream_range *high = new_range(piece->block, middle, piece->request.page + piece->request.n_pages);
+    struct stream_range *low = stream_range_new(piece->block, piece->request.page, middle);
+    struct stream_range *high = stream_range_new(piece->block, middle, piece->request.page + piece->request.n_pages);
 
     if (!low || !high) { /* asked for again by the background, some time */
         free(low);
@@ -452,8 +276,8 @@ static void halve_piece(struct fault_threads *ft, const struct stream_piece *pie
     }
     low->piece_pages_max = high->piece_pages_max = (piece->request.n_pages + 1) / 2;
     pthread_mutex_lock(&s->lock);
-    push_range(s, high);
-    push_range(s, low);
+    stream_range_push(s, high);
+    stream_range_push(s, low);
     pthread_mutex_unlock(&s->lock);
 }
 
@@ -581,7 +405,7 @@ static void *stream_run(void *argument)
 
 int stream_start(struct fault_threads *ft)
 {
-    int rc = start_thread(&ft->stream.thread, "pcshare-stream", stream_run, ft);
+    int rc = thread_new(&ft->stream.thread, "pcshare-stream", stream_run, ft);
 
     if (rc == 0)
         ft->stream.running = 1;

@@ -24,18 +24,7 @@ enum {
 
 struct fault_threads;
 
-/* A range that a helper asked for, or pages to be asked for again (remote NULL). */
-struct stream_range {
-    struct stream_range *next;
-    struct ramblock *block;
-    struct remote_fd *remote; /* counted; NULL: nobody is told */
-    uint32_t cookie;
-    int wait;                 /* DONE is owed */
-    uint64_t start, end;      /* pages */
-    uint64_t issue;           /* asked for up to here */
-    uint64_t cursor;          /* received up to here */
-    uint64_t piece_pages_max; /* 0: as large as any; smaller where a lost page is searched */
-};
+struct stream_range;
 
 struct stream_piece {
     struct page_request request;

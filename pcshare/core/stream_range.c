@@ -1,0 +1,191 @@
+/* stream_range: the ranges that helpers asked for: added, told when they are complete or lost, dropped. See stream.h.
+ */
+#include "fault_internal.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+#include "bitmap.h"
+#include "stream_range.h"
+#include "trace.h"
+
+static void append(struct stream *s, struct stream_range *range)
+{
+    range->next = NULL;
+    *s->ranges_tail = range;
+    s->ranges_tail = &range->next;
+}
+
+void stream_range_push(struct stream *s, struct stream_range *range)
+{
+    range->next = s->ranges;
+    s->ranges = range;
+    if (s->ranges_tail == &s->ranges)
+        s->ranges_tail = &range->next;
+}
+
+struct stream_range *stream_range_unlink(struct stream *s, struct stream_range **rangep)
+{
+    struct stream_range *range = *rangep;
+
+    *rangep = range->next;
+    if (s->ranges_tail == &range->next)
+        s->ranges_tail = rangep;
+    return range;
+}
+
+/* Tells the helper, if one is owed an answer, and frees. Not under the lock. */
+void stream_range_end(struct fault_threads *ft, struct stream_range *range, int status, uint64_t offset,
+                      uint64_t length)
+{
+    if (range->remote) {
+        if (range->wait)
+            send_done(ft, range->remote, range->cookie, status, offset, length);
+        __atomic_sub_fetch(&range->remote->requests_in_flight, 1, __ATOMIC_RELAXED);
+        remote_fd_put(range->remote);
+    }
+    free(range);
+}
+
+void stream_range_end_list(struct fault_threads *ft, struct stream_range *list, int status, uint64_t page, uint64_t n)
+{
+    while (list) {
+        struct stream_range *range = list;
+        list = range->next;
+        stream_range_end(ft, range, status, page * range->block->page_size, n * range->block->page_size);
+    }
+}
+
+struct stream_range *stream_range_new(struct ramblock *block, uint64_t start, uint64_t end)
+{
+    struct stream_range *range = calloc(1, sizeof(*range));
+
+    if (range) {
+        range->block = block;
+        range->start = range->issue = range->cursor = start;
+        range->end = end;
+    }
+    return range;
+}
+
+int stream_add_range(struct fault_threads *ft, struct ramblock *block, uint64_t start, uint64_t end,
+                     struct remote_fd *remote, uint32_t cookie, int wait)
+{
+    struct stream *s = &ft->stream;
+    struct stream_range *range = stream_range_new(block, start, end);
+
+    if (!range)
+        return -ENOMEM;
+    range->remote = remote ? remote_fd_get(remote) : NULL;
+    range->cookie = cookie;
+    range->wait = wait;
+    if (remote)
+        __atomic_add_fetch(&remote->requests_in_flight, 1, __ATOMIC_RELAXED);
+    trace_point(TRACE_RANGE_REQUEST, block->index, remote ? remote->id : 0, start, end - start);
+    pthread_mutex_lock(&s->lock);
+    /* Under the lock: a page that is placed or lost from now on finds the range. */
+    uint64_t lost = wait ? bitmap_next_set(block->failed, start, end) : end;
+    range->cursor = ramblock_next_missing(block, start, end);
+    int over = lost < end || range->cursor == end;
+    if (!over) {
+        append(s, range);
+        pthread_cond_broadcast(&s->wake);
+    }
+    pthread_mutex_unlock(&s->lock);
+    if (lost < end)
+        stream_range_end(ft, range, -EIO, lost * block->page_size, block->page_size);
+    else if (over)
+        stream_range_end(ft, range, 0, 0, 0);
+    return 0;
+}
+
+/* Takes out the ranges for which decide says so; the caller ends them. */
+static struct stream_range *take(struct stream *s, int (*decide)(struct stream_range *range, const void *argument),
+                                 const void *argument)
+{
+    struct stream_range *list = NULL, **rangep = &s->ranges;
+
+    while (*rangep) {
+        if (!decide(*rangep, argument)) {
+            rangep = &(*rangep)->next;
+            continue;
+        }
+        struct stream_range *range = stream_range_unlink(s, rangep);
+        range->next = list;
+        list = range;
+    }
+    return list;
+}
+
+struct page_span {
+    const struct ramblock *block;
+    uint64_t page, n;
+};
+
+static int is_complete_now(struct stream_range *range, const void *argument)
+{
+    const struct page_span *span = argument;
+
+    if (range->block != span->block || range->cursor < span->page || range->cursor >= span->page + span->n)
+        return 0;
+    range->cursor = ramblock_next_missing(range->block, range->cursor, range->end);
+    return range->cursor == range->end;
+}
+
+void stream_note_received(struct fault_threads *ft, struct ramblock *block, uint64_t page, uint64_t n)
+{
+    struct stream *s = &ft->stream;
+    struct page_span span = {.block = block, .page = page, .n = n};
+
+    if (!__atomic_load_n(&s->ranges, __ATOMIC_SEQ_CST))
+        return;
+    pthread_mutex_lock(&s->lock);
+    struct stream_range *list = take(s, is_complete_now, &span);
+    pthread_mutex_unlock(&s->lock);
+    stream_range_end_list(ft, list, 0, 0, 0);
+}
+
+static int waits_for_lost(struct stream_range *range, const void *argument)
+{
+    const struct page_span *span = argument;
+
+    return range->block == span->block && range->wait && range->start <= span->page && span->page < range->end;
+}
+
+void stream_note_lost(struct fault_threads *ft, struct ramblock *block, uint64_t page)
+{
+    struct stream *s = &ft->stream;
+    struct page_span span = {.block = block, .page = page, .n = 1};
+
+    pthread_mutex_lock(&s->lock);
+    struct stream_range *list = take(s, waits_for_lost, &span);
+    pthread_mutex_unlock(&s->lock);
+    stream_range_end_list(ft, list, -EIO, page, 1);
+}
+
+static int is_of_remote(struct stream_range *range, const void *argument)
+{
+    return range->remote == argument;
+}
+
+void stream_drop_remote(struct fault_threads *ft, const struct remote_fd *remote)
+{
+    struct stream *s = &ft->stream;
+
+    pthread_mutex_lock(&s->lock);
+    struct stream_range *list = take(s, is_of_remote, remote);
+    pthread_mutex_unlock(&s->lock);
+    for (struct stream_range *range = list; range; range = range->next)
+        range->wait = 0;
+    stream_range_end_list(ft, list, 0, 0, 0);
+}
+
+static int is_of_block(struct stream_range *range, const void *argument)
+{
+    return range->block == argument;
+}
+
+struct stream_range *stream_range_take_block(struct stream *s, const struct ramblock *block)
+{
+    return take(s, is_of_block, block);
+}
