@@ -192,8 +192,8 @@ class Blocks:
         self._change(block, block.state, reason)
 
     def _lost(self, block: Block) -> str:
-        lost = self._segment.block_slot(block.index).lost_pages
-        return f"all that {_shortened(block.source.spec.text)} still has is here, it lost {lost} pages; touching them is SIGBUS"
+        lost, text = self._segment.block_slot(block.index).lost_pages, _shortened(block.source.spec.text)
+        return f"all that {text} still has is here, it lost {lost} pages; touching them is SIGBUS"
 
     def _report_foreign(self, block: Block, offset: int) -> None:
         count = self._segment.block_slot(block.index).foreign_pages

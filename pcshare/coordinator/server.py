@@ -72,6 +72,7 @@ class Server:
         self._stopping = False
         self._handshakes: dict[int, Handshake] = {}
         self._accepting = False
+        self._accept_again = 0.0  # not before that time
         self._resume_mode = (STREAM_EAGER, 0)
         self._ended = False  # all blocks are complete and the fault threads have joined
         if parent is not None:
@@ -174,6 +175,7 @@ class Server:
 
     def run(self) -> None:
         """Serves until stop(); raises what ended it otherwise."""
+        self._join_if_ended()  # small blocks are complete by now
         while not self._stopping:
             self._turn()
         if self._stop_reason is not None:
@@ -226,6 +228,7 @@ class Server:
         except OSError as error:  # no fds left: those that are here come first
             log.warning("cannot accept a helper: %s", error.strerror)
             self._accept_more(False)
+            self._accept_again = time.monotonic() + REAP_INTERVAL_S
             return
         if connection is None:
             return
@@ -256,6 +259,8 @@ class Server:
 
     def _step(self, handshake: Handshake) -> None:
         number = handshake.connection.fileno()
+        if self._handshakes.get(number) is not handshake:
+            return  # given up since select() found it readable
         key = self._selector.get_key(number)
         self._selector.unregister(number)
         del self._handshakes[number]
@@ -268,7 +273,7 @@ class Server:
         for number, handshake in list(self._handshakes.items()):
             if handshake.deadline <= now:
                 self._give_up(number)
-        if not self._accepting:
+        if not self._accepting and now >= self._accept_again:
             self._accept_more(True)
 
     def _drop_handshakes(self) -> None:
@@ -317,6 +322,7 @@ class Server:
         if order.op is AdminOp.STOP:
             self.stop()
         elif order.op is AdminOp.RESUME:
+            self._take_events()  # what was told before the order must not pause what it resumes
             self.blocks.resume(self.fault_threads)
         elif order.op is AdminOp.STREAM_PAUSE:
             self.fault_threads.set_stream(STREAM_PAUSED)
