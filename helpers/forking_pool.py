@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 
 from . import _common, writer
 
@@ -27,8 +28,10 @@ def forking_pool(run: _common.Run) -> int:
     values: list[int] = []
     with run.attach() as block, memoryview(block) as _view:
         parts = [(part.start, part.stop) for part in writer.pieces(len(_view), run.options.count)]
-        with multiprocessing.get_context("fork").Pool(run.options.workers) as pool:
-            for part, value in zip(parts, pool.imap(_checksum_of, parts), strict=True):
+        # An executor, not multiprocessing.Pool, which waits for ever for a worker that a lost page has killed.
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(run.options.workers, context) as pool:
+            for part, value in zip(parts, pool.map(_checksum_of, parts), strict=True):
                 values.append(value)
                 run.computed(part[1] - part[0])
     _view = None

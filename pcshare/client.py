@@ -44,8 +44,15 @@ _STATES = {
     lib.PCSHARE_ORPHANED: "orphaned",
     lib.PCSHARE_LOST: "lost",
 }
-# Nobody is there yet; the coordinator changed between two looks; a signal came.
-_TRY_AGAIN = (-errno.ENOENT, -errno.ECONNREFUSED, -errno.EAGAIN, -errno.ESTALE, -errno.EINTR)
+# Nobody is there yet, or was on its way out; the coordinator changed between two looks; a signal came.
+_TRY_AGAIN = (
+    -errno.ENOENT,
+    -errno.ECONNREFUSED,
+    -errno.ECONNRESET,
+    -errno.EAGAIN,
+    -errno.ESTALE,
+    -errno.EINTR,
+)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ No fault passes through here (P9): Python decides who is served and reacts to ev
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -51,9 +52,9 @@ def default_cpus() -> list[int]:
 class FaultThreads:
     """The set of fault threads with what they serve."""
 
-    def __init__(self, status_header: Any, features: int) -> None:
+    def __init__(self, status_header: Any) -> None:
         pointer = ffi.new("struct fault_threads **")
-        check(lib.fault_threads_new(pointer, status_header, features), "making the fault threads")
+        check(lib.fault_threads_new(pointer, status_header), "making the fault threads")
         self._pointer = pointer[0]
         self.running = False
 
@@ -138,4 +139,8 @@ class FaultThreads:
 
     def is_gone(self, remote_id: int) -> bool:
         """Whether the address space behind a remote fd has ended."""
-        return bool(lib.fault_threads_probe_remote(self._pointer, remote_id) < 0)
+        return bool(lib.fault_threads_probe_remote(self._pointer, remote_id) == -errno.ESRCH)
+
+    def is_alive(self, remote_id: int) -> bool:
+        """Whether it lives. Neither this nor is_gone: the kernel does not tell."""
+        return bool(lib.fault_threads_probe_remote(self._pointer, remote_id) == 0)

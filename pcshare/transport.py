@@ -7,6 +7,7 @@ closes what came.
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import os
 import select
@@ -24,6 +25,7 @@ from pcshare.fds import OwnedFd
 MESSAGE_BYTES_MAX = 4096  # the largest message is half of it
 FDS_MAX = 4  # as WIRE_FDS_MAX
 BACKLOG = 512  # who starts a thousand helpers at once
+SO_PASSRIGHTS = 83  # Linux 6.16; Python names it not yet
 _INT_BYTES = array.array("i").itemsize
 _UCRED = struct.Struct("iII")
 _TIMEVAL = struct.Struct("ll")
@@ -99,6 +101,11 @@ class Connection:
             *_UCRED.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         )
 
+    def accept_fds(self, wanted: bool) -> None:
+        """Whether the peer may send fds. An fd can be such that closing it waits, for somebody else's socket or file
+        system: where the kernel can refuse them, none comes but when one is due."""
+        _accept_fds(self._socket, wanted)
+
     def dup(self) -> OwnedFd:
         """A copy of the socket for the core."""
         return OwnedFd(os.dup(self._socket.fileno()))
@@ -121,6 +128,11 @@ class Connection:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _accept_fds(end: socket.socket, wanted: bool) -> None:
+    with contextlib.suppress(OSError):  # an older kernel
+        end.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, int(wanted))
 
 
 def _timeval(timeout_s: float) -> bytes:
@@ -161,6 +173,7 @@ class Listener:
         self._inode: int | None = None
         try:
             self._socket.setblocking(False)
+            _accept_fds(self._socket, False)  # connections inherit it
             self._socket.bind(path)
             os.chmod(path, mode)
             self._inode = os.stat(path).st_ino

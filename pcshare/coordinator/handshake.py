@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable
 
@@ -55,6 +56,7 @@ class Handshake:
         """True: there is more to come. False: attached, or over (then the connection is closed)."""
         fds: list[OwnedFd] = []
         try:
+            self._check_peer()
             data, fds = self.connection.receive_now()
             if not data and not fds:
                 return self._end()
@@ -67,7 +69,7 @@ class Handshake:
             return self._end()
         finally:
             for fd in fds:
-                fd.close()
+                _close(fd)
 
     def time_out(self) -> None:
         self._refuse(PcshareError(f"nothing came for {HANDSHAKE_TIMEOUT_S:g} s", errno=errno.ETIMEDOUT))
@@ -85,7 +87,6 @@ class Handshake:
     # -- messages
 
     def _handle(self, message: Message, fds: list[OwnedFd]) -> bool:
-        self._check_peer()
         if isinstance(message, Hello) and self._block is None:
             return self._welcome(message)
         if isinstance(message, Attach) and self._block is not None:
@@ -121,6 +122,7 @@ class Handshake:
         complete = block.state is State.END
         if not complete:
             self._helpers.check_room()
+        self.connection.accept_fds(True)
         fds = [block.ram.helper_memfd(writing=mode is Mode.RW), self._status_fd]
         if self._device is not None and not complete:
             fds.append(self._device.fileno())
@@ -152,6 +154,7 @@ class Handshake:
         )
 
     def _attach(self, block: Block, message: Attach, uffd_fd: OwnedFd) -> bool:
+        self.connection.accept_fds(False)
         if block.state is State.END:
             self.connection.send(protocol.pack_ack(0, WelcomeFlag.COMPLETE))
             return self._end()
@@ -166,6 +169,14 @@ class Handshake:
         self._operator(order)
         self.connection.send(protocol.pack_error(0, ""))
         return self._end()
+
+
+def _close(fd: OwnedFd) -> None:
+    """What is no userfaultfd can make its closer wait (a socket that lingers, a file of FUSE): not us."""
+    if not fd.closed and os.readlink(f"/proc/self/fd/{fd.fileno()}") != "anon_inode:[userfaultfd]":
+        threading.Thread(target=fd.close, daemon=True).start()
+    else:
+        fd.close()
 
 
 def _grant(block: Block, wanted: Mode) -> Mode:

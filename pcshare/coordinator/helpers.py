@@ -28,7 +28,7 @@ from pcshare.uffd import Uffd
 
 log = logging.getLogger("pcshare")
 
-CLIENT_ADDR_MAX = 1 << 56  # more than any address space of today
+CLIENT_ADDR_MAX = (1 << 47) - 4096  # beyond it the kernel does not tell whether an address space still lives
 
 
 class SlotState(IntEnum):
@@ -103,6 +103,12 @@ class Helpers:
         except BaseException:
             self._release(slot)
             raise
+        if not self._fault_threads.is_alive(remote_id):
+            self._fault_threads.remove_remote(remote_id)
+            self._release(slot)
+            raise RemoteProtocolError(
+                "ATTACH: the address space of this userfaultfd has ended, or cannot be looked at", errno=errno.ESRCH
+            )
         status.state = SlotState.ATTACHED
         self._segment.header.helpers_joined += 1
         helper = Helper(remote_id, slot, block, connection, credentials, identity)
@@ -203,7 +209,7 @@ _OFFENCES = {
     errno.ENOBUFS: "it does not read the answers to its requests",
     errno.EPROTO: "it sent what is no message of an attached helper",
     errno.ERANGE: "it asked for a range outside the block",
-    errno.EUSERS: "it asked for more ranges at once than a helper may",
+    errno.EUSERS: "it asked for more ranges, or waits for more pages, at once than a helper may",
 }
 
 

@@ -132,7 +132,7 @@ class Server:
 
     def _start_serving(self, opened: list[OpenedSource]) -> None:
         options = self.options
-        self.fault_threads = FaultThreads(self._segment.header, self._features)
+        self.fault_threads = FaultThreads(self._segment.header)
         self._closing.callback(self.fault_threads.close)
         self._closing.callback(self.blocks.close)
         self.fault_threads.set_stream(STREAM_LAZY)  # not before every block is there

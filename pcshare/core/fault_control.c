@@ -41,28 +41,19 @@ void send_done(struct fault_threads *ft, struct remote_fd *remote, uint32_t cook
     send_to_helper(ft, remote, &done, sizeof(done));
 }
 
-static void refuse(struct fault_threads *ft, struct remote_fd *remote, int error, const char *text)
-{
-    struct wire_error message = {
-        .header = header_of(WIRE_ERROR, sizeof(message), 0), .error = error, .version_max = WIRE_VERSION};
-
-    snprintf(message.text, sizeof(message.text), "%s", text);
-    send_to_helper(ft, remote, &message, sizeof(message));
-    disable_remote(ft, remote, error, 0);
-}
-
 static void handle_request(struct fault_threads *ft, struct remote_fd *remote, const struct wire_request *request)
 {
     struct ramblock *block = remote->block;
     int wait = (request->flags & WIRE_REQUEST_WAIT) != 0;
 
     if (request->offset > block->map_length || request->length > block->map_length - request->offset) {
-        refuse(ft, remote, ERANGE, "REQUEST outside the block");
+        disable_remote(ft, remote, ERANGE, request->offset);
         return;
     }
-    if (__atomic_load_n(&remote->requests_in_flight, __ATOMIC_RELAXED) >= FAULT_REQUESTS_IN_FLIGHT_MAX) {
+    uint32_t *in_flight = wait ? &remote->requests_in_flight : &remote->hints_in_flight;
+    if (__atomic_load_n(in_flight, __ATOMIC_RELAXED) >= FAULT_REQUESTS_IN_FLIGHT_MAX) {
         if (wait)
-            refuse(ft, remote, EUSERS, "more REQUESTs at once than a helper may have");
+            disable_remote(ft, remote, EUSERS, 0);
         return; /* a prefetch is a hint */
     }
     uint64_t start = request->offset / block->page_size;
@@ -86,7 +77,7 @@ static int handle_message(struct fault_threads *ft, struct remote_fd *remote, co
                           int length)
 {
     if (!is_wellformed(message, length)) {
-        refuse(ft, remote, EPROTO, "not a message that an attached helper may send");
+        disable_remote(ft, remote, EPROTO, 0);
         return 0;
     }
     if (message->header.type == WIRE_LEAVE) {
@@ -109,7 +100,7 @@ void handle_control(struct fault_threads *ft, struct remote_fd *remote)
         if (length == -ECONNRESET) /* it closed with our answers unread: told once, before its last words */
             continue;
         if (length == -EMSGSIZE) {
-            refuse(ft, remote, EPROTO, "a message that is too long, or fds where none belong");
+            disable_remote(ft, remote, EPROTO, 0);
             return;
         }
         if (length <= 0) {

@@ -52,7 +52,6 @@ struct fault_worker {
 
 struct fault_threads {
     struct status_header *status;
-    uint64_t features;
     int quit_fd; /* eventfd: readable makes every worker look at quit and epoch */
     int quit;
     uint32_t epoch;

@@ -129,7 +129,7 @@ int fault_threads_probe_remote(struct fault_threads *ft, uint32_t id)
     struct remote_fd *remote = remote_by_id(ft, id);
 
     if (!remote)
-        return -ENOENT;
+        return -ESRCH;
     int rc = remote_fd_probe(remote);
     remote_fd_put(remote);
     return rc;
@@ -173,13 +173,12 @@ int fault_threads_add_block(struct fault_threads *ft, struct ramblock *block, st
     served->block = block;
     served->channel = channel;
     served->on_source_loss = on_source_loss;
-    ft->blocks[block->index] = served;
     int rc = add_own_remote(ft, served);
     if (rc < 0) {
-        ft->blocks[block->index] = NULL;
         free(served);
         return refuse_block(block, channel, rc);
     }
+    __atomic_store_n(&ft->blocks[block->index], served, __ATOMIC_RELEASE); /* the stream may take it up from here on */
     trace_point(TRACE_BLOCK_ADD, block->index, 0, 0, block->page_count);
     if (block->missing_pages == 0) { /* nothing but holes */
         served->complete = 1;
@@ -226,7 +225,7 @@ int fault_threads_complete_block(struct fault_threads *ft, uint32_t block_index)
 
     if (!served)
         return -ENOENT;
-    if (!served->complete)
+    if (!__atomic_load_n(&served->complete, __ATOMIC_ACQUIRE))
         return -EBUSY;
     fault_threads_remove_remote(ft, served->own_remote_id);
     ramblock_complete(served->block);
@@ -243,16 +242,20 @@ void fault_threads_set_stream(struct fault_threads *ft, uint32_t mode, uint64_t 
             status_block_notify(ft->blocks[i]->block->status);
 }
 
+/* Lost pages are asked for again here: poisoned ones fault no more. */
 static void clear_lost(struct fault_threads *ft, struct ramblock *block)
 {
-    for (uint64_t page = bitmap_next_set(block->failed, 0, block->page_count); page < block->page_count;
-         page = bitmap_next_set(block->failed, page + 1, block->page_count)) {
-        uint64_t end = bitmap_next_clear(block->failed, page, block->page_count);
-        bitmap_clear_range(block->failed, page, end);
+    uint64_t page = bitmap_next_set(block->failed, 0, block->page_count);
+
+    while (page < block->page_count) {
+        uint64_t end = bitmap_next_clear(block->failed, page, block->page_count), cleared = 0;
+
+        for (uint64_t i = page; i < end; i++)
+            cleared += (uint64_t)bitmap_test_and_clear(block->failed, i);
+        __atomic_fetch_sub(&block->status->lost_pages, cleared, __ATOMIC_RELAXED);
         bitmap_clear_range(block->requested, page, end);
-        __atomic_fetch_sub(&block->status->lost_pages, end - page, __ATOMIC_RELAXED);
-        (void)stream_add_range(ft, block, page, end, NULL, 0,
-                               0); /* poisoned pages fault no more: they are asked for here */
+        (void)stream_add_range(ft, block, page, end, NULL, 0, 0);
+        page = bitmap_next_set(block->failed, end, block->page_count);
     }
 }
 

@@ -109,6 +109,8 @@ static void dispatch(struct fault_worker *worker, const struct epoll_event *even
             handle_uffd(worker, remote, event->events);
         else
             handle_control(worker->ft, remote);
+    } else { /* cut off while it was being added */
+        (void)epoll_ctl(worker->epoll_fd, EPOLL_CTL_DEL, kind == POLL_UFFD ? remote->uffd : remote->control, NULL);
     }
     remote_fd_put(remote);
 }
@@ -266,19 +268,19 @@ void fault_threads_stop(struct fault_threads *ft)
 {
     __atomic_store_n(&ft->quit, 1, __ATOMIC_RELEASE);
     set_quit_fd(ft, 1);
-    for (uint32_t i = 0; i < ft->n_workers; i++) {
+    for (uint32_t i = 0; i < ft->n_workers; i++)
         pthread_join(ft->workers[i].thread, NULL);
-        free_worker(&ft->workers[i]);
-    }
-    ft->n_workers = 0;
     stream_quiesce(ft);
     free_channels(ft);
-    stream_stop(ft);
+    stream_stop(ft); /* to its end it may cut off a helper, which takes the workers' epolls */
+    for (uint32_t i = 0; i < ft->n_workers; i++)
+        free_worker(&ft->workers[i]);
+    ft->n_workers = 0;
 }
 
 /* ---- the set ---- */
 
-int fault_threads_new(struct fault_threads **ftp, struct status_header *status, uint64_t features)
+int fault_threads_new(struct fault_threads **ftp, struct status_header *status)
 {
     struct fault_threads *ft = calloc(1, sizeof(*ft));
 
@@ -286,7 +288,6 @@ int fault_threads_new(struct fault_threads **ftp, struct status_header *status, 
     if (!ft)
         return -ENOMEM;
     ft->status = status;
-    ft->features = features;
     pthread_mutex_init(&ft->workers_lock, NULL);
     pthread_cond_init(&ft->workers_changed, NULL);
     pthread_mutex_init(&ft->table_lock, NULL);

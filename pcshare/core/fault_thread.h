@@ -17,7 +17,9 @@
 
 enum {
     FAULT_THREADS_MAX = 64,
-    FAULT_REQUESTS_IN_FLIGHT_MAX = 64, /* REQUESTs of one helper that are not answered yet */
+    FAULT_REQUESTS_IN_FLIGHT_MAX = 64, /* REQUESTs of one helper that are not answered yet; as many hints */
+    FAULT_DEMANDS_IN_FLIGHT_MAX =
+        4096, /* pages one helper waits for: a thread waits for one, who waits for more lies */
 };
 
 enum {
@@ -47,7 +49,7 @@ enum {
 struct fault_threads;
 
 /* status is the mapped status segment. */
-int fault_threads_new(struct fault_threads **ftp, struct status_header *status, uint64_t features);
+int fault_threads_new(struct fault_threads **ftp, struct status_header *status);
 /* Starts n threads, each pinned to one of the n cpus (-1: not pinned), and returns when all run. */
 int fault_threads_start(struct fault_threads *ft, const int32_t *cpus, uint32_t n);
 /* Quits and joins them and the stream. Twice is fine. */
@@ -67,7 +69,7 @@ int fault_threads_add_remote(struct fault_threads *ft, struct remote_fd *remote,
 int fault_threads_remove_remote(struct fault_threads *ft, uint32_t id);
 /* Cuts it off: no longer polled, its waits forgotten; its uffd stays open until it is removed. */
 int fault_threads_disable_remote(struct fault_threads *ft, uint32_t id, int error);
-/* -ESRCH: its address space is gone; 0: it lives; -ENOENT: no such remote fd. */
+/* -ESRCH: its address space is gone, or there is no such remote fd; 0: it lives; -EINVAL: the kernel does not tell. */
 int fault_threads_probe_remote(struct fault_threads *ft, uint32_t id);
 
 /* mode: STATUS_STREAM_*; rate in bytes a second for STATUS_STREAM_RATE. */

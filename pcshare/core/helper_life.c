@@ -15,8 +15,8 @@
 #include "helper_internal.h"
 #include "uffd.h"
 
-#define EVENT_FEATURES                                                                            \
-    (UFFD_FEATURE_BIT_EVENT_FORK | UFFD_FEATURE_BIT_EVENT_REMAP | UFFD_FEATURE_BIT_EVENT_REMOVE | \
+#define EVENT_FEATURES                                                                                                 \
+    (UFFD_FEATURE_BIT_EVENT_FORK | UFFD_FEATURE_BIT_EVENT_REMAP | UFFD_FEATURE_BIT_EVENT_REMOVE |                      \
      UFFD_FEATURE_BIT_EVENT_UNMAP)
 
 /* ---- changes of state ---- */

@@ -16,8 +16,6 @@
 struct keeper {
     int socket_fd;
     uint32_t pid;
-    int user_mode_only;
-    uint64_t features;
     uint8_t *staging;
     pthread_mutex_t lock; /* one request at a time; also guards staging. Held over the exchange: never on the way of a
                              fault that is not a repair */
@@ -102,16 +100,6 @@ uint32_t keeper_pid(const struct keeper *k)
     return k->pid;
 }
 
-int keeper_user_mode_only(const struct keeper *k)
-{
-    return k->user_mode_only;
-}
-
-uint64_t keeper_features(const struct keeper *k)
-{
-    return k->features;
-}
-
 const char *keeper_error_text(const struct keeper *k)
 {
     return k->text;
@@ -130,10 +118,6 @@ int keeper_make_block(struct keeper *k, const char *idstr, uint64_t map_length, 
     snprintf(request.idstr, sizeof(request.idstr), "%s", idstr);
     pthread_mutex_lock(&k->lock);
     int rc = exchange(k, &request, answer, fds, 2);
-    if (rc == 0) {
-        k->features = answer->features;
-        k->user_mode_only = (int)answer->user_mode_only;
-    }
     pthread_mutex_unlock(&k->lock);
     *memfdp = fds[0];
     *placing_uffdp = fds[1];

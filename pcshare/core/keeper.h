@@ -43,10 +43,9 @@ struct keeper_answer {
     int32_t status; /* 0 or a negative errno */
     uint32_t block;
     uint32_t pid;
-    uint32_t user_mode_only;
+    uint32_t reserved;
     uint64_t place_addr; /* of the block in the keeper */
     uint64_t ioctls;     /* what REGISTER offered on it */
-    uint64_t features;   /* of this kernel */
     char text[256];
 };
 
@@ -56,8 +55,6 @@ struct keeper;
 int keeper_connect(struct keeper **kp, int socket_fd);
 void keeper_free(struct keeper *k);
 uint32_t keeper_pid(const struct keeper *k);
-int keeper_user_mode_only(const struct keeper *k);
-uint64_t keeper_features(const struct keeper *k);
 /* A new block's memfd and the placing uffd (both now the caller's). */
 int keeper_make_block(struct keeper *k, const char *idstr, uint64_t map_length, uint64_t page_size, int writable,
                       struct keeper_answer *answer, int *memfdp, int *placing_uffdp);

@@ -34,10 +34,8 @@ struct kept_block {
 
 struct keeping {
     int uffd; /* the placing uffd: one for all blocks */
-    int user_mode_only;
     int staging_fd;
     uint8_t *staging;
-    uint64_t features;
     struct kept_block blocks[KEEPER_BLOCKS_MAX];
 };
 
@@ -50,14 +48,14 @@ static int refuse(struct keeper_answer *answer, int error, const char *what)
 
 static int open_placing_uffd(struct keeping *k, struct keeper_answer *answer)
 {
-    uint64_t ioctls;
+    int user_mode_only;
 
     if (k->uffd >= 0)
         return 0;
-    int fd = uffd_open(-1, &k->user_mode_only);
+    int fd = uffd_open(-1, &user_mode_only);
     if (fd < 0)
         return refuse(answer, -fd, "the keeper cannot open a userfaultfd");
-    int rc = uffd_api(fd, 0, &k->features, &ioctls);
+    int rc = uffd_api(fd, 0, NULL, NULL);
     if (rc < 0) {
         close(fd);
         return refuse(answer, -rc, "userfaultfd API handshake");
@@ -171,8 +169,6 @@ static void serve_make(struct keeping *k, const struct keeper_request *request, 
         return;
     }
     answer->place_addr = (uint64_t)(uintptr_t)block->place_addr;
-    answer->user_mode_only = (uint32_t)k->user_mode_only;
-    answer->features = k->features;
     fds[0] = block->memfd;
     fds[1] = k->uffd;
     *n_fdsp = 2;

@@ -61,6 +61,13 @@ static int set_extents(struct ramblock *b, const struct ramblock_extent *data, u
     b->data = calloc(n_data ? n_data : 1, sizeof(*b->data));
     if (!b->data)
         return -ENOMEM;
+    /* The keeper's mapping holds every huge page of the block, so a hole left open would find none in a private
+     * mapping. */
+    if (b->page_size > (uint64_t)getpagesize()) {
+        b->data[0].end = b->missing_pages = b->page_count;
+        b->n_data = 1;
+        return 0;
+    }
     for (uint64_t i = 0; i < n_data; i++) {
         uint64_t start = data[i].start / b->page_size;
         uint64_t end = (data[i].end + b->page_size - 1) / b->page_size;

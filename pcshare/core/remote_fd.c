@@ -160,5 +160,6 @@ int remote_fd_probe(const struct remote_fd *r)
     uint64_t addr = r->maps[0].client_addr, done;
     uint64_t length = addr < ADDRESS_SPACE_END ? ADDRESS_SPACE_END - addr : r->block->page_size;
 
-    return uffd_continue(r->uffd, addr, length, &done) == -ESRCH ? -ESRCH : 0;
+    int rc = uffd_continue(r->uffd, addr, length, &done);
+    return rc == -ENOENT ? 0 : rc == -ESRCH ? rc : -EINVAL;
 }

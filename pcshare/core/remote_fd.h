@@ -19,13 +19,14 @@ struct remote_map {
 
 struct remote_fd {
     int32_t references;
-    uint32_t id;   /* slot and generation; what events name it by */
-    uint32_t slot; /* in the status segment */
-    int is_own;    /* the coordinator's: never poisoned, has no control socket */
+    uint32_t id; /* slot and generation; what events name it by */
+    int is_own;  /* the coordinator's: never poisoned, has no control socket */
     int uffd;
     int control; /* -1: none */
     int disabled;
-    uint32_t requests_in_flight;
+    uint32_t requests_in_flight; /* ranges that it waits for */
+    uint32_t hints_in_flight;    /* ranges that it prefetches */
+    uint32_t demands_in_flight;  /* pages that the source was asked for because it faulted */
     struct ramblock *block;
     uint32_t n_maps;
     struct remote_map maps[16];
@@ -47,7 +48,7 @@ int remote_fd_wake(const struct remote_fd *r, uint64_t page);
 /* Makes a touch of the page SIGBUS, and takes that back. */
 int remote_fd_poison(const struct remote_fd *r, uint64_t page);
 int remote_fd_unpoison(const struct remote_fd *r, uint64_t page);
-/* -ESRCH: the address space is gone (exit or exec); 0: it lives. */
+/* -ESRCH: the address space is gone (exit or exec); 0: it lives; -EINVAL: not to be known, as of a 32-bit process. */
 int remote_fd_probe(const struct remote_fd *r);
 
 #endif

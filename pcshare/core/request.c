@@ -84,6 +84,12 @@ static void poison_remote(struct ramblock *block, struct remote_fd *remote, uint
     wake_remote(remote, page);
 }
 
+static void forget_loss(struct ramblock *block, uint64_t page)
+{
+    if (ramblock_is_received(block, page) && bitmap_test_and_clear(block->failed, page))
+        __atomic_fetch_sub(&block->status->lost_pages, 1, __ATOMIC_RELAXED);
+}
+
 void lose_page(struct fault_threads *ft, struct served_block *served, uint64_t page)
 {
     struct ramblock *block = served->block;
@@ -99,6 +105,7 @@ void lose_page(struct fault_threads *ft, struct served_block *served, uint64_t p
     }
     waiters_free_list(list);
     stream_note_lost(ft, block, page);
+    forget_loss(block, page); /* it may have come, by another way, while it was being lost */
     status_block_notify(block->status);
 }
 
@@ -136,8 +143,7 @@ static void lift_poison(struct fault_threads *ft, struct ramblock *block, uint64
     }
     for (uint64_t i = bitmap_next_set(block->failed, page, page + n); i < page + n;
          i = bitmap_next_set(block->failed, i + 1, page + n))
-        if (ramblock_is_received(block, i) && bitmap_test_and_clear(block->failed, i))
-            __atomic_fetch_sub(&block->status->lost_pages, 1, __ATOMIC_RELAXED);
+        forget_loss(block, i);
 }
 
 static void tell_progress(struct fault_threads *ft, struct served_block *served)
@@ -178,6 +184,8 @@ void after_placing(struct fault_threads *ft, struct served_block *served, uint64
 /* The page did not come: whoever waits goes on waiting, visibly, or is told by a poison mark. */
 static void page_failed(struct fault_threads *ft, struct served_block *served, uint64_t page, int error, uint32_t kind)
 {
+    if (ramblock_is_received(served->block, page))
+        return; /* it came by another way: a touch and a range may both have asked */
     trace_point(TRACE_SOURCE_ERROR, served->block->index, 0, page, (uint64_t)error);
     if (kind == EVENT_BLOCK_SOURCE_ERROR && served->on_source_loss == SOURCE_LOSS_POISON) {
         lose_page(ft, served, page);
@@ -186,6 +194,16 @@ static void page_failed(struct fault_threads *ft, struct served_block *served, u
         waiters_unask(&ft->waiters, served->block, page);
     }
     tell_block(ft, served, kind, error, page * served->block->page_size);
+}
+
+static void demand_ended(struct fault_threads *ft, uint32_t asker)
+{
+    struct remote_fd *remote = remote_by_id(ft, asker);
+
+    if (!remote)
+        return;
+    __atomic_sub_fetch(&remote->demands_in_flight, 1, __ATOMIC_RELAXED);
+    remote_fd_put(remote);
 }
 
 static void demand_done(struct page_request *request, int result)
@@ -207,6 +225,7 @@ static void demand_done(struct page_request *request, int result)
     } else if (result != -ECANCELED) {
         page_failed(ft, served, request->page, -result, EVENT_BLOCK_SOURCE_ERROR);
     }
+    demand_ended(ft, demand->asker);
     if (__atomic_sub_fetch(&ft->demand_in_flight, 1, __ATOMIC_ACQ_REL) == 0)
         stream_poke(ft);
     free(demand);
@@ -218,6 +237,7 @@ static void ask_source(struct fault_threads *ft, struct served_block *served, ui
     struct demand *demand = malloc(sizeof(*demand) + block->page_size);
 
     if (!demand) {
+        demand_ended(ft, asker);
         page_failed(ft, served, page, ENOMEM, EVENT_BLOCK_PLACE_ERROR);
         return;
     }
@@ -242,7 +262,9 @@ void ask_again(struct fault_threads *ft, struct served_block *served)
     uint32_t bucket = 0;
     uint64_t page;
 
-    while (waiters_next_unasked(&ft->waiters, served->block, &bucket, &page))
+    /* Until one fails at once: what is left waits for the next resume. */
+    while (!__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE) &&
+           waiters_next_unasked(&ft->waiters, served->block, &bucket, &page))
         ask_source(ft, served, page, 0);
 }
 
@@ -267,11 +289,22 @@ static int place_now(struct fault_worker *worker, struct served_block *served, u
     return ramblock_place(block, page, 1, worker->staging, placedp);
 }
 
+/* Asks for a page because of a fault. Asked in any case: others may wait for it; but a helper that waits for more pages
+ * than it can have threads is cut off. */
+static void ask_for(struct fault_threads *ft, struct served_block *served, struct remote_fd *remote, uint64_t page)
+{
+    uint32_t in_flight = __atomic_add_fetch(&remote->demands_in_flight, 1, __ATOMIC_RELAXED);
+
+    ask_source(ft, served, page, remote->id);
+    if (in_flight > FAULT_DEMANDS_IN_FLIGHT_MAX && !remote->is_own)
+        disable_remote(ft, remote, EUSERS, 0);
+}
+
 static void wait_for_page(struct fault_threads *ft, struct served_block *served, struct remote_fd *remote,
                           uint64_t page, uint32_t tid, uint64_t now_ns, int ask)
 {
     struct ramblock *block = served->block;
-    int rc = waiters_add(&ft->waiters, block, page, remote, tid, now_ns);
+    int rc = waiters_add(&ft->waiters, block, page, remote, tid, now_ns, ask);
 
     if (rc < 0) { /* no memory for a note: let it fault again */
         sched_yield();
@@ -281,10 +314,12 @@ static void wait_for_page(struct fault_threads *ft, struct served_block *served,
     trace_point(TRACE_REQUEST_SHARED, block->index, remote->id, page, rc == WAITERS_ASK ? TOLD_ASKED : TOLD_BEFORE);
     if (ramblock_is_received(block, page)) /* it came between the look at the bit and the note */
         wake_list(ft, waiters_take(&ft->waiters, block, page, 1));
-    else if (__atomic_load_n(&remote->disabled, __ATOMIC_ACQUIRE))
-        waiters_drop_remote(&ft->waiters, remote);
     else if (ask && rc == WAITERS_ASK)
-        ask_source(ft, served, page, remote->id);
+        ask_for(ft, served, remote, page);
+    else if (!ask && rc == WAITERS_ASK && !bitmap_test(block->placing, page))
+        wake_list(ft, waiters_take(&ft->waiters, block, page, 1)); /* who was at it gave up: fault again */
+    if (__atomic_load_n(&remote->disabled, __ATOMIC_ACQUIRE))
+        waiters_drop_remote(&ft->waiters, remote);
 }
 
 /* A received page faults: the message is older than the page, or, in a writable block, a helper has removed the page.

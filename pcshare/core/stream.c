@@ -117,7 +117,8 @@ static int is_paused(struct fault_threads *ft, const struct ramblock *block)
     return __atomic_load_n(&served_block_of(ft, block)->paused, __ATOMIC_ACQUIRE);
 }
 
-static int claim_for_range(struct fault_threads *ft, struct stream_piece *piece)
+/* Hints that are under way to their end leave the list; the caller ends them. */
+static int claim_for_range(struct fault_threads *ft, struct stream_piece *piece, struct stream_range **overp)
 {
     struct stream *s = &ft->stream;
     struct stream_range **rangep = &s->ranges;
@@ -139,10 +140,13 @@ static int claim_for_range(struct fault_threads *ft, struct stream_piece *piece)
             piece->asker = range->wait && range->remote ? range->remote->id : 0;
             return ISSUED;
         }
-        if (!range->wait && range->issue == range->end)
-            stream_range_end(ft, stream_range_unlink(s, rangep), 0, 0, 0);
-        else
+        if (!range->wait && range->issue == range->end) {
+            stream_range_unlink(s, rangep);
+            range->next = *overp;
+            *overp = range;
+        } else {
             rangep = &range->next;
+        }
     }
     return NOTHING_TO_ASK;
 }
@@ -187,7 +191,8 @@ static int claim_for_background(struct fault_threads *ft, struct stream_piece *p
         struct served_block *served = ft->blocks[s->block_index];
         uint64_t first = 0, n = 0;
 
-        if (served && !served->complete && !__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE))
+        int complete = !served || __atomic_load_n(&served->complete, __ATOMIC_ACQUIRE);
+        if (!complete && !__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE))
             n = claim_in_block(s, served->block, &first);
         if (n) {
             s->cursor = first + n;
@@ -198,7 +203,7 @@ static int claim_for_background(struct fault_threads *ft, struct stream_piece *p
             piece->asker = 0;
             return ISSUED;
         }
-        if (served && !served->complete)
+        if (!complete)
             tell_gaps(ft, served);
         s->block_index = (s->block_index + 1) % STATUS_BLOCKS_MAX;
         s->cursor = 0;
@@ -295,8 +300,8 @@ static void piece_failed(struct fault_threads *ft, struct stream_piece *piece, i
 
     trace_point(TRACE_SOURCE_ERROR, piece->block->index, 0, page, (uint64_t)error);
     bitmap_clear_range(piece->block->requested, page, end);
-    for (uint64_t i = page; i < end && kind == EVENT_BLOCK_PLACE_ERROR; i++)
-        waiters_unask(&ft->waiters, piece->block, i); /* who saw us placing the page has not asked for it */
+    if (ramblock_next_missing(piece->block, page, end) == end)
+        return; /* all of it came by another way */
     if (kind == EVENT_BLOCK_PLACE_ERROR || served->on_source_loss == SOURCE_LOSS_PAUSE) {
         pause_block(ft, served, error, page, kind);
     } else if (end - page > 1) {
@@ -338,31 +343,45 @@ static void release_piece(struct stream *s, struct stream_piece *piece)
 
 /* ---- the thread ---- */
 
+/* Finds something for a piece to ask for, or says how long there is nothing. */
+static uint64_t claim(struct fault_threads *ft, struct stream_piece *piece, struct stream_range **overp)
+{
+    struct stream *s = &ft->stream;
+
+    if (claim_for_range(ft, piece, overp) == ISSUED)
+        return 0;
+    uint64_t now_ns = clock_ns(), wait_ns = background_wait_ns(s, now_ns);
+    if (wait_ns)
+        return wait_ns;
+    if (claim_for_background(ft, piece) == NOTHING_TO_ASK)
+        return forever_ns;
+    charge_background(s, piece, now_ns);
+    return 0;
+}
+
 /* Issues one piece, or says how long there is nothing to do. Called and returns with the lock held. */
 static uint64_t issue_piece(struct fault_threads *ft)
 {
     struct stream *s = &ft->stream;
+    struct stream_range *over = NULL;
     uint32_t window = __atomic_load_n(&ft->demand_in_flight, __ATOMIC_ACQUIRE) ? STREAM_WINDOW_DEMAND : STREAM_WINDOW;
     struct stream_piece *piece = s->in_flight < window ? free_piece(s) : NULL;
 
     if (!piece)
         return forever_ns;
-    if (claim_for_range(ft, piece) == NOTHING_TO_ASK) {
-        uint64_t now_ns = clock_ns(), wait_ns = background_wait_ns(s, now_ns);
-        if (wait_ns)
-            return wait_ns;
-        if (claim_for_background(ft, piece) == NOTHING_TO_ASK)
-            return forever_ns;
-        charge_background(s, piece, now_ns);
-    }
-    s->in_flight++;
+    uint64_t wait_ns = claim(ft, piece, &over);
+    if (wait_ns && !over)
+        return wait_ns;
+    s->in_flight += !wait_ns;
     s->submitting = 1;
     pthread_mutex_unlock(&s->lock);
-    submit_piece(ft, piece);
+    stream_range_end_list(ft, over, 0, 0, 0); /* not under the lock: the last reference closes fds */
+    if (!wait_ns)
+        submit_piece(ft, piece);
     pthread_mutex_lock(&s->lock);
     s->submitting = 0;
     pthread_cond_broadcast(&s->wake);
-    return 0;
+    return 0; /* look again: the lock was open */
 }
 
 static void wait_for_work(struct stream *s, uint64_t wait_ns)

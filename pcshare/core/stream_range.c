@@ -39,9 +39,9 @@ void stream_range_end(struct fault_threads *ft, struct stream_range *range, int 
                       uint64_t length)
 {
     if (range->remote) {
+        __atomic_sub_fetch(range->counted, 1, __ATOMIC_RELAXED); /* first: the answer may bring the next REQUEST */
         if (range->wait)
             send_done(ft, range->remote, range->cookie, status, offset, length);
-        __atomic_sub_fetch(&range->remote->requests_in_flight, 1, __ATOMIC_RELAXED);
         remote_fd_put(range->remote);
     }
     free(range);
@@ -79,18 +79,24 @@ int stream_add_range(struct fault_threads *ft, struct ramblock *block, uint64_t 
     range->remote = remote ? remote_fd_get(remote) : NULL;
     range->cookie = cookie;
     range->wait = wait;
-    if (remote)
-        __atomic_add_fetch(&remote->requests_in_flight, 1, __ATOMIC_RELAXED);
+    if (remote) {
+        range->counted = wait ? &remote->requests_in_flight : &remote->hints_in_flight;
+        __atomic_add_fetch(range->counted, 1, __ATOMIC_RELAXED);
+    }
     trace_point(TRACE_RANGE_REQUEST, block->index, remote ? remote->id : 0, start, end - start);
     pthread_mutex_lock(&s->lock);
     /* Under the lock: a page that is placed or lost from now on finds the range. */
     uint64_t lost = wait ? bitmap_next_set(block->failed, start, end) : end;
+    struct stream_range **rangep = s->ranges_tail;
+    append(s, range); /* before the look: who places a page looks for ranges after it has set the bit */
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
     range->cursor = ramblock_next_missing(block, start, end);
-    int over = lost < end || range->cursor == end;
-    if (!over) {
-        append(s, range);
+    int cut_off = remote && __atomic_load_n(&remote->disabled, __ATOMIC_ACQUIRE); /* its ranges have been dropped */
+    int over = lost < end || range->cursor == end || cut_off;
+    if (over)
+        stream_range_unlink(s, rangep);
+    else
         pthread_cond_broadcast(&s->wake);
-    }
     pthread_mutex_unlock(&s->lock);
     if (lost < end)
         stream_range_end(ft, range, -EIO, lost * block->page_size, block->page_size);

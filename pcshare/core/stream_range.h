@@ -12,6 +12,7 @@ struct stream_range {
     struct ramblock *block;
     struct remote_fd *remote; /* counted; NULL: nobody is told */
     uint32_t cookie;
+    uint32_t *counted;        /* of the remote fd: requests or hints in flight */
     int wait;                 /* DONE is owed */
     uint64_t start, end;      /* pages */
     uint64_t issue;           /* asked for up to here */

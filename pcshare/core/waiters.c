@@ -72,7 +72,7 @@ static int add_waiter(struct wait_entry *entry, struct remote_fd *remote, uint32
 }
 
 int waiters_add(struct waiters *w, struct ramblock *block, uint64_t page, struct remote_fd *remote, uint32_t tid,
-                uint64_t now_ns)
+                uint64_t now_ns, int ask)
 {
     int rc = -ENOMEM;
 
@@ -82,7 +82,7 @@ int waiters_add(struct waiters *w, struct ramblock *block, uint64_t page, struct
         rc = add_waiter(entry, remote, tid, now_ns);
     if (rc == 0) {
         rc = entry->asked ? WAITERS_JOINED : WAITERS_ASK;
-        entry->asked = 1;
+        entry->asked |= ask;
     }
     pthread_mutex_unlock(&w->lock);
     return rc;

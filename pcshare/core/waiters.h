@@ -44,9 +44,10 @@ enum {
 
 void waiters_init(struct waiters *w);
 void waiters_deinit(struct waiters *w);
-/* Notes that a thread waits. WAITERS_ASK, WAITERS_JOINED, or -ENOMEM. */
+/* Notes that a thread waits; with ask, that the caller asks the source unless somebody has. WAITERS_ASK,
+ * WAITERS_JOINED, or -ENOMEM. */
 int waiters_add(struct waiters *w, struct ramblock *block, uint64_t page, struct remote_fd *remote, uint32_t tid,
-                uint64_t now_ns);
+                uint64_t now_ns, int ask);
 /* Takes out everybody who waits for [page, page + n): the caller wakes and frees them. NULL: nobody. */
 struct waiter *waiters_take(struct waiters *w, struct ramblock *block, uint64_t page, uint64_t n);
 /* As take, but leaves the coordinator's own waiters, who cannot be given an error. */

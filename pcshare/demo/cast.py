@@ -64,8 +64,9 @@ def _touch() -> str:
 
 
 def roles(path: Path, draft: Path) -> list[Role]:
-    """Everybody, in the order of the table. Those that need numpy only where it is installed."""
-    return [*_plain_roles(path), *(_numpy_roles(path) if has_numpy() else []), _editor(draft)]
+    """Everybody, in the order in which they start: first the one that must be there before its pages. Those that need
+    numpy only where it is installed."""
+    return [_editor(draft), *_plain_roles(path), *(_numpy_roles(path) if has_numpy() else [])]
 
 
 def _plain_roles(path: Path) -> list[Role]:

@@ -27,7 +27,14 @@ PICTURE_PERIOD_S = 0.1
 LINE_PERIOD_S = 0.5
 REFRESHES_A_SECOND = 10
 WIDE_COLUMNS = 110
+LOG_COLUMNS = 120  # where no terminal says how wide it is
+HELPER_COLUMNS = len("random_lookup")
 RIGHT, WRONG = ("right", "green"), ("WRONG", "bold red")
+
+
+def console_for(stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=LOG_COLUMNS)
 
 
 class Stagehand:
@@ -117,8 +124,8 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
 
 def helpers_table(outcome: Outcome, wide: bool) -> Table:
     """first, all: when a helper had its first result, and all of it; with a star: when everything is copied first."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("helper", no_wrap=True)
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="dim")
+    table.add_column("helper", no_wrap=True, min_width=HELPER_COLUMNS)
     if wide:
         table.add_column("what it does")
     for column in ("first", "all", "first*", "all*", "faults", "p50", "p99", "demand", "result"):

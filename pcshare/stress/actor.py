@@ -52,9 +52,13 @@ class Attachment:
         """Random ones, or a run of neighbours."""
         rng = random.Random(seed)
         if rng.random() < 0.5:
-            first = rng.randrange(self.page_count())
-            return list(range(first, min(first + count, self.page_count())))
+            return self.run(seed, count)
         return [rng.randrange(self.page_count()) for _ in range(count)]
+
+    def run(self, seed: int, count: int) -> list[int]:
+        """Neighbours."""
+        first = random.Random(seed).randrange(self.page_count())
+        return list(range(first, min(first + count, self.page_count())))
 
     def check(self, pages: list[int]) -> tuple[int, int, list[int]]:
         """(bytes compared, bytes that differ, pages with such)."""
@@ -173,14 +177,14 @@ class Actor:
         return self._compare(attachment, attachment.pages(order["seed"], order["count"]))
 
     def _ensure(self, attachment: Attachment, order: dict[str, Any]) -> dict[str, Any]:
-        pages = attachment.pages(order["seed"], order["count"])
-        attachment.block.ensure(slice(min(pages) * PAGE, (max(pages) + 1) * PAGE), timeout_s=ENSURE_TIMEOUT_S)
+        pages = attachment.run(order["seed"], order["count"])
+        attachment.block.ensure(slice(pages[0] * PAGE, (pages[-1] + 1) * PAGE), timeout_s=ENSURE_TIMEOUT_S)
         return self._compare(attachment, pages)
 
     @staticmethod
     def _prefetch(attachment: Attachment, order: dict[str, Any]) -> dict[str, Any]:
-        pages = attachment.pages(order["seed"], order["count"])
-        attachment.block.prefetch(slice(min(pages) * PAGE, (max(pages) + 1) * PAGE))
+        pages = attachment.run(order["seed"], order["count"])
+        attachment.block.prefetch(slice(pages[0] * PAGE, (pages[-1] + 1) * PAGE))
         return {}
 
     @staticmethod

@@ -6,6 +6,7 @@ Never waits for an actor: whatever it was told may take until a page comes. Know
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -23,6 +24,10 @@ EXECUTABLES = Path(__file__).resolve().parent.parent / "_bin"
 COMPLAINT_CHARS = 2000
 
 
+def has_numpy() -> bool:
+    return importlib.util.find_spec("numpy") is not None
+
+
 @dataclass
 class Order:
     """What an actor was told and has not answered."""
@@ -34,7 +39,7 @@ class Order:
 
 @dataclass
 class ActorProcess:
-    """One actor. excused: it followed one that died of a page its source had lost, so the plan's attachments are gone."""
+    """One actor. excused: it follows one that died of a page that was lost, so the plan's attachments are gone."""
 
     writer: int
     process: subprocess.Popen[bytes]

@@ -14,8 +14,8 @@ PAGE = 4096
 HUGE_PAGE = 2 << 20
 ACTIONS_MIN, ACTIONS_MAX = 150, 600  # a round takes some seconds
 ATTACHMENTS_MAX = 3  # of one actor at a time
-FILE_PAGES_MIN, FILE_PAGES_MAX = 64, 2048
-HUGE_FILE_PAGES = 3
+FILE_PAGES_MIN, FILE_PAGES_MAX = 256, 3072
+HUGE_FILE_PAGES = 6
 ZERO_BYTES = 1 << 20
 SLOTS_MAX = 16  # bytes at the start of a page that belong to writers: SLOT_BYTES each
 SLOT_BYTES = 8
@@ -25,8 +25,9 @@ KILL_ATTACH_MAX_MS = 6  # attaching takes two or three
 KILL_TOUCH_MAX_MS = 20  # from its exec to its last touch
 USE_PAGES_MAX = 64
 TOUCHES_MAX = 200
+HUGE_TOUCHES_MAX = 6
 GARBAGE_BYTES_MAX = 4096
-RATE_MIN, RATE_MAX = 1 << 19, 1 << 25  # bytes a second of the stream
+RATE_MIN, RATE_MAX = 1 << 15, 1 << 21  # bytes a second of the stream: nothing may be complete too soon
 STOP_MAX_MS = 400
 SOURCE_ERROR_MAX_MS = 300
 CHURN_MAX = 100  # attachments one after the other, for what leaks only a little each time
@@ -53,8 +54,11 @@ WEIGHTS = {
     "churn": 2,
     "garbage": 2,
 }
+# How the coordinator's life ends, in parts: its helpers leave before; they find out when they leave; it is stopped, or
+# killed, while they still need pages, which must then be SIGBUS and nothing else.
+ENDINGS = {"leave": 4, "stay": 2, "stopped": 2, "killed": 2}
 HELPER_PROGRAMS = ("scan", "random_lookup", "forking_pool", "numpy_user")
-STREAM_ORDERS = ("pause", "resume", "rate", "lazy", "eager")
+STREAM_ORDERS = ("pause", "resume", "rate", "rate", "lazy", "lazy", "eager")
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class BlockPlan:
     pages: int  # of PAGE bytes
     tail: int  # bytes more than whole pages
     delay_us: int
-    rate: int  # bytes a second; 0: none
+    rate: int  # bytes a second: without, the first ensure or a moment of eager streaming would end all missing
     seed: int
 
     @property
@@ -101,7 +105,8 @@ class RoundPlan:
     stream: str
     huge: bool  # 2 MiB pages, where the host has some free
     poison: bool
-    leave_first: bool  # helpers leave before the coordinator ends, or find out
+    fault_threads: int | None  # None: the default
+    ending: str  # one of ENDINGS
     actions: list[Action] = field(default_factory=list)
 
 
@@ -119,10 +124,11 @@ def draw_round(seed: int, number: int, actors: int) -> RoundPlan:
     plan = RoundPlan(
         number=number,
         blocks=_draw_blocks(rng, huge),
-        stream=rng.choice(["eager", "lazy", "lazy", "paused", str(rng.randrange(RATE_MIN, RATE_MAX))]),
+        stream=rng.choice(["eager", "lazy", "lazy", "lazy", "paused", str(rng.randrange(RATE_MIN, RATE_MAX))]),
         huge=huge,
         poison=rng.random() < 0.3,
-        leave_first=rng.random() < 0.5,
+        fault_threads=rng.choice([None, None, 1, 3]),
+        ending=rng.choices(list(ENDINGS), list(ENDINGS.values()))[0],
     )
     books: Books = {actor: [] for actor in range(actors)}
     for number in range(rng.randrange(ACTIONS_MIN, ACTIONS_MAX)):
@@ -156,8 +162,8 @@ def _draw_block(rng: random.Random, name: str, huge: bool) -> BlockPlan:
         kind=name,
         pages=pages,
         tail=0 if name == "zero" else rng.randrange(PAGE),
-        delay_us=rng.choice([0, 0, 100, 300, 1000]),
-        rate=rng.choice([0, 0, 8 << 20, 32 << 20]),
+        delay_us=rng.choice([0, 100, 300, 1000]),
+        rate=rng.choice([2 << 20, 4 << 20, 8 << 20]) * (4 if huge else 1),
         seed=rng.randrange(SEED_MAX),
     )
 
@@ -226,7 +232,8 @@ def _draw_event(rng: random.Random, plan: RoundPlan, action: Action, attached: l
         return replace(action, count=rng.randrange(GARBAGE_BYTES_MAX))
     block = rng.choice([block for block in plan.blocks if not block.writable or kind != "helper"])
     if kind == "helper":
-        return replace(action, block=block.name, order=rng.choice(HELPER_PROGRAMS))
-    return replace(
-        action, block=block.name, count=rng.randrange(1, TOUCHES_MAX), after_ms=rng.randrange(KILL_TOUCH_MAX_MS)
-    )
+        # a pool of the standard library waits for ever for a worker that died of a lost page
+        programs = [program for program in HELPER_PROGRAMS if not (plan.poison and program == "forking_pool")]
+        return replace(action, block=block.name, order=rng.choice(programs))
+    count = rng.randrange(1, HUGE_TOUCHES_MAX if plan.huge else TOUCHES_MAX)
+    return replace(action, block=block.name, count=count, after_ms=rng.randrange(KILL_TOUCH_MAX_MS))

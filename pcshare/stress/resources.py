@@ -18,6 +18,7 @@ FDS_LEFT = 0  # when all have gone nothing of them stays
 THREADS_PER_FILE = 18  # readers that a file's channel starts when it needs them: 16 for demand, 2 for the stream
 USS_LEFT_BYTES = 16 << 20  # allocators keep what a busy time took: reading buffers, Python's arenas
 RSS_LEFT_BYTES = 24 << 20  # the same, and pages of libraries that were touched only now
+BUFFERS_KEPT = 16  # of one page each: one for each read that may be under way
 KEEPER_BYTES = 4 << 20  # besides the pages that it placed, which count as its own
 
 
@@ -81,25 +82,25 @@ def grown(whose: str, before: Held, now: Held, allowed: dict[str, int]) -> list[
     return found
 
 
-def allowed_during(helpers: int, files: int, pages_bytes: int) -> dict[str, int]:
+def allowed_during(helpers: int, files: int, pages_bytes: int, page_size: int) -> dict[str, int]:
     """Of a coordinator with so many helpers attached and so many file sources."""
     fds = FDS_PER_HELPER * helpers + FDS_HANDSHAKES
     return {
         "fds": fds,
         "sockets": fds,
         "threads": THREADS_PER_FILE * files,
-        "rss": RSS_LEFT_BYTES + pages_bytes,
-        "uss": USS_LEFT_BYTES + pages_bytes,
+        "rss": RSS_LEFT_BYTES + BUFFERS_KEPT * page_size + pages_bytes,
+        "uss": USS_LEFT_BYTES + BUFFERS_KEPT * page_size + pages_bytes,
     }
 
 
-def allowed_after(files: int, pages_bytes: int) -> dict[str, int]:
+def allowed_after(files: int, pages_bytes: int, page_size: int) -> dict[str, int]:
     """When every helper has gone."""
     return {
         "fds": FDS_LEFT,
         "threads": THREADS_PER_FILE * files,
-        "rss": RSS_LEFT_BYTES + pages_bytes,
-        "uss": USS_LEFT_BYTES,
+        "rss": RSS_LEFT_BYTES + BUFFERS_KEPT * page_size + pages_bytes,
+        "uss": USS_LEFT_BYTES + BUFFERS_KEPT * page_size,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import tempfile
 import time
 import warnings
@@ -17,7 +18,7 @@ from pcshare import admin, errors, runtime, transport
 from pcshare.launcher import Coordinator, Event
 from pcshare.protocol import AdminOp
 from pcshare.status import StatusReport, read_status
-from pcshare.stress import crew, inspect, resources, world
+from pcshare.stress import crew, resources, stacks, world
 from pcshare.stress.plan import HUGE_PAGE, PAGE, Action, RoundPlan
 from pcshare.stress.resources import Held
 from pcshare.stress.tally import Stuck, Tally
@@ -25,6 +26,10 @@ from pcshare.stress.troupe import Troupe
 
 RESOURCES_PERIOD_S = 1.0
 LEAVE_LIMIT_S = 20.0
+LOOK_AGAIN_S = 0.002
+ORPHAN_TIMEOUT_S = 1.0
+LAST_SLOT = -2  # no action of a plan has it
+LAST_ORDER = -1  # and no order this number or one below
 RESUMES_MAX = 50  # in a row, while no source fails: more means that it never works
 GARBAGE_TIMEOUT_S = 5.0
 NUMPY_PROGRAMS = {"random_lookup", "numpy_user"}
@@ -91,14 +96,17 @@ class Round:
         huge = self._plan.huge and world.free_huge_pages() >= self._huge_pages_needed()
         if self._plan.huge and not huge:
             self._tally.note("not enough free huge pages: 4 KiB pages instead (sysctl vm.nr_hugepages=64)")
+        self._page_size = HUGE_PAGE if huge else PAGE
         return Coordinator(
             self._name,
             {name: block.source for name, block in self._blocks.items()},
             stream=self._plan.stream,
-            page_size="2M" if huge else "4K",
+            page_size=self._page_size,
             writable=[name for name, block in self._blocks.items() if block.plan.kind == "draft"],
             on_source_loss="poison" if self._plan.poison else "pause",
             on_event=self._hear,
+            fault_threads=self._plan.fault_threads,
+            orphan_timeout_s=ORPHAN_TIMEOUT_S,
         )
 
     def _huge_pages_needed(self) -> int:
@@ -159,13 +167,12 @@ class Round:
 
         block = self._blocks[action.block]
         arguments = [f"--block={action.block}", "--pattern=random", f"--seed={action.seed}", f"--count={action.count}"]
-        page_size = next(b.page_size for b in self._coordinator.status().blocks if b.idstr == action.block)
         return self._troupe.start(
             "touch",
             arguments,
             None
             if block.plan.writable
-            else lambda: expected_touch(block.path, "random", action.seed, action.count, page_size),
+            else lambda: expected_touch(block.path, "random", action.seed, action.count, self._page_size),
         )
 
     def _kill_touch(self, action: Action) -> None:
@@ -173,11 +180,10 @@ class Round:
         self._troupe.later(action.after_ms, lambda: self._troupe.kill_program(program))
 
     def _helper(self, action: Action) -> None:
-        from pcshare.demo.cast import has_numpy
         from pcshare_helpers import expected
 
         program = action.order
-        if program in NUMPY_PROGRAMS and not has_numpy():
+        if program in NUMPY_PROGRAMS and not crew.has_numpy():
             self._tally.note("numpy is missing: scan instead of random_lookup and numpy_user")
             program = "scan"
         path = self._blocks[action.block].path
@@ -258,7 +264,7 @@ class Round:
 
     def _check_during(self, report: StatusReport) -> None:
         serves, keeper = self._processes
-        allowed = resources.allowed_during(len(report.helpers), self._files(), self._pages_bytes())
+        allowed = resources.allowed_during(len(report.helpers), self._files(), self._pages_bytes(), self._page_size)
         self._compare("during", (Held.of(serves), Held.of(keeper)), allowed)
 
     def _compare(self, when: str, now: tuple[Held, Held], allowed: dict[str, int]) -> None:
@@ -269,54 +275,92 @@ class Round:
             (allowed, resources.allowed_keeper(self._pages_bytes())),
             strict=True,
         ):
+            for resource, was in vars(before).items():
+                self._tally.see_growth(f"{when}: {whose}", resource, vars(held)[resource] - was)
             for growth in resources.grown(whose, before, held, may):
                 self._tally.fail(f"{when}: {growth}")
 
     # -- the end
 
     def _end(self) -> None:
-        """Everything works again, everybody answers, every byte and every write is looked at, everybody leaves."""
+        """Everything works again, everybody answers; then the coordinator's life ends in the plan's way."""
         troupe = self._troupe
         troupe.settle()
         self._source_back()
         troupe.all_quiet()
         troupe.pump_until(lambda: not self._needs_resume(read_status(self._name)), "an end of the pauses")
+        if self._plan.ending in ("stopped", "killed"):
+            self._end_under_helpers()
+            return
+        self._verify()
+        if self._plan.ending == "leave":
+            self._leave()
+            self._wait_until_alone()
+        self._stop_coordinator()
+        if self._plan.ending == "stay":
+            self._ask_without_coordinator({"kind": "leave_all", "slot": -1})
+
+    def _verify(self) -> None:
+        """Every byte and every write is looked at."""
         self._order(AdminOp.STREAM_EAGER)
         for index, block in enumerate(self._blocks):
             writer = index % self._actors
-            troupe.tell(writer, kind="verify", block=block, written=troupe.ledger.get(block, {}))
-            troupe.quiet(writer)
-        if self._plan.leave_first:
-            self._leave()
-            self._wait_until_alone()
+            self._troupe.tell(writer, kind="verify", block=block, written=self._troupe.ledger.get(block, {}))
+            self._troupe.quiet(writer)
+
+    def _stop_coordinator(self) -> None:
         self._count(read_status(self._name))
         self._stopping = True
         self._coordinator.stop()
-        if not self._plan.leave_first:
-            self._leave_without_coordinator()
+
+    def _end_under_helpers(self) -> None:
+        """Pages that are missing when it has gone are SIGBUS after the orphan timeout. Never zeros, never for ever."""
+        self._order(AdminOp.STREAM_LAZY)
+        last = {
+            "kind": "check",
+            "slot": LAST_SLOT,
+            "block": "holes",
+            "mode": "ro",
+            "seed": self._plan.number,
+            "count": 64,
+        }
+        for writer in range(self._actors):
+            self._troupe.tell(writer, **{**last, "kind": "attach"})
+        self._troupe.all_quiet()
+        if self._plan.ending == "killed":
+            self._count(read_status(self._name))
+            self._stopping = True
+            self._processes[0].kill()
+        else:
+            self._stop_coordinator()
+        self._ask_without_coordinator(last)
 
     def _leave(self) -> None:
         for writer in range(self._actors):
             self._troupe.tell(writer, kind="leave_all")
         self._troupe.all_quiet()
 
-    def _leave_without_coordinator(self) -> None:
-        """Nobody looks at the status any more: it has gone, and so must they."""
-        for actor in self._troupe.actors:
-            actor.tell(0, {"kind": "leave_all", "slot": -1})
+    def _ask_without_coordinator(self, order: dict[str, object]) -> None:
+        """Every actor, with the coordinator gone: it answers, or dies of a page that did not come."""
+        actors = self._troupe.actors
+        for number, actor in enumerate(actors):
+            actor.tell(LAST_ORDER - number, {**order, "seed": number})
         deadline = time.monotonic() + LEAVE_LIMIT_S
-        for actor in self._troupe.actors:
-            while actor.pending and time.monotonic() < deadline and actor.died() is None:
-                for _ in actor.hear():
-                    pass
-                time.sleep(0.002)
-            if actor.pending:
-                where = inspect.threads(actor.pid, f"actor {actor.writer}")
-                self._tally.fail(f"actor {actor.writer} cannot leave after the coordinator has ended\n{where}")
+        for actor in actors:
+            while actor.pending and actor.died() is None and time.monotonic() < deadline:
+                self._troupe.hear_one(actor)
+                time.sleep(LOOK_AGAIN_S)
+            self._troupe.hear_one(actor)
+            code = actor.died()
+            if code is not None and not (code == -signal.SIGBUS and order["kind"] == "check"):
+                self._tally.fail(f"actor {actor.writer} died ({code}) at {order['kind']} without the coordinator")
+            elif code is None and actor.pending:
+                where = stacks.threads(actor.pid, f"actor {actor.writer}")
+                self._tally.fail(f"{order['kind']} takes for ever without the coordinator\n{where}")
 
     def _wait_until_alone(self) -> None:
         """Everybody has gone: what the coordinator holds must be what it held before."""
-        allowed = resources.allowed_after(self._files(), self._pages_bytes())
+        allowed = resources.allowed_after(self._files(), self._pages_bytes(), self._page_size)
         serves, keeper = self._processes
 
         def settled() -> bool:
@@ -340,7 +384,7 @@ class Round:
     def _diagnosis(self) -> str:
         """What everybody did when something went wrong."""
         serves, keeper = self._processes
-        parts = [inspect.threads(serves.pid, "coordinator"), inspect.threads(keeper.pid, "keeper")]
+        parts = [stacks.threads(serves.pid, "coordinator"), stacks.threads(keeper.pid, "keeper")]
         with contextlib.suppress(errors.PcshareError):
             report = read_status(self._name)
             parts += [f"{block}" for block in report.blocks]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pcshare.stress import plan
+from pcshare.stress.crew import has_numpy
 from pcshare.stress.round import Round
 from pcshare.stress.tally import Tally
 
@@ -46,6 +47,8 @@ def run(options: Options, tell: Callable[[str], None], hold: Callable[[], None])
     started_s = time.monotonic()
     deadline_s = started_s + options.seconds
     tally = Tally(options.seed)
+    if has_numpy():
+        import numpy  # noqa: F401  (its threads start with it, and are no leak of a round)
     with _dumpable():
         for drawn in plan.rounds(options.seed, options.helpers):
             tally.where = _where(drawn)
@@ -60,7 +63,7 @@ def run(options: Options, tell: Callable[[str], None], hold: Callable[[], None])
 
 def _where(drawn: plan.RoundPlan) -> str:
     kinds = f"{'2M' if drawn.huge else '4K'} pages, stream {drawn.stream}, {'poison' if drawn.poison else 'pause'}"
-    return f"round {drawn.number}: {', '.join(block.name for block in drawn.blocks)}; {kinds}"
+    return f"round {drawn.number}: {', '.join(block.name for block in drawn.blocks)}; {kinds}, {drawn.ending}"
 
 
 def _line(tally: Tally, elapsed_s: float) -> str:

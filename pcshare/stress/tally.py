@@ -30,6 +30,11 @@ class Tally:
     mismatched_bytes: int = 0
     notes: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
+    grew: dict[str, int] = field(default_factory=dict)  # the most that each resource grew by in a round
+
+    def see_growth(self, whose: str, resource: str, by: int) -> None:
+        key = f"{whose} {resource}"
+        self.grew[key] = max(self.grew.get(key, 0), by)
 
     def fail(self, text: str) -> None:
         told = f"{text} [{self.where}; repeat with --seed {self.seed}]"
@@ -52,5 +57,6 @@ class Tally:
             "bytes_checked": self.bytes_checked,
             "mismatched_bytes": self.mismatched_bytes,
             "notes": dict(self.notes),
+            "grew": self.grew,
             "failures": self.failures,
         }

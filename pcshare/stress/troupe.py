@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pcshare.stress import inspect
+from pcshare.stress import stacks
 from pcshare.stress.crew import ActorProcess, Order, Program
 from pcshare.stress.plan import PAGE, SLOT_BYTES
 from pcshare.stress.tally import Stuck, Tally
@@ -32,7 +32,8 @@ class Troupe:
     """Actors and programs on one coordinator."""
 
     def __init__(self, socket: str, world: str, actors: int, tally: Tally, look: Callable[[], None]) -> None:
-        self._socket, self._world, self._tally, self._look = socket, world, tally, look
+        self._socket, self._world, self._look = socket, world, look
+        self.tally = tally
         self._ids = itertools.count()
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._programs: list[Program] = []
@@ -80,7 +81,7 @@ class Troupe:
         deadline = time.monotonic() + limit_s
         while not condition():
             if time.monotonic() > deadline:
-                self._tally.fail(f"waited {limit_s:g} s in vain for {what}")
+                self.tally.fail(f"waited {limit_s:g} s in vain for {what}")
                 raise Stuck
             self.pump(0.005)
 
@@ -107,7 +108,7 @@ class Troupe:
     def kill(self, writer: int) -> None:
         """SIGKILL at this moment, and a new actor in its place."""
         self.actors[writer].kill()
-        self._tally.kills += 1
+        self.tally.kills += 1
         self._replace(writer)
 
     def _replace(self, writer: int) -> None:
@@ -126,6 +127,11 @@ class Troupe:
         for offset in [offset for offset in written if offset % PAGE // SLOT_BYTES == writer]:
             del written[offset]
 
+    def hear_one(self, actor: ActorProcess) -> None:
+        """What it has said by now, judged."""
+        for order, answer in actor.hear():
+            self._take(actor, order, answer)
+
     def _hear(self, timeout_s: float) -> None:
         poller = select.poll()
         by_fd = {actor.fileno(): actor for actor in self.actors}
@@ -133,8 +139,7 @@ class Troupe:
             poller.register(fd, select.POLLIN)
         for fd, _ in poller.poll(timeout_s * 1000):
             actor = by_fd[fd]
-            for order, answer in actor.hear():
-                self._take(actor, order, answer)
+            self.hear_one(actor)
             code = actor.died()
             if code is not None:
                 self._bury(actor, code)
@@ -142,11 +147,11 @@ class Troupe:
     def _bury(self, actor: ActorProcess, code: int) -> None:
         """Nobody killed it: right only if it touched a page that is lost."""
         if code == -signal.SIGBUS and self.may_lose:
-            self._tally.restarts += 1
+            self.tally.restarts += 1
         else:
             doing = next(iter(actor.pending.values()), None)
             told = f"actor {actor.writer} died ({_ending(code)}) at {doing.content if doing else 'nothing'}"
-            self._tally.fail(f"{told}: {actor.complaint()}")
+            self.tally.fail(f"{told}: {actor.complaint()}")
         self._replace(actor.writer)
         self.actors[actor.writer].excused = True
 
@@ -154,20 +159,20 @@ class Troupe:
         """Judges an answer."""
         content = order.content
         what = f"actor {actor.writer} at {content['kind']} of block {content.get('block')} ({content.get('mode')})"
-        self._tally.bytes_checked += answer.get("checked", 0)
+        self.tally.bytes_checked += answer.get("checked", 0)
         if answer.get("wrong"):
-            self._tally.mismatched_bytes += answer["wrong"]
-            self._tally.fail(f"{what}: {answer['wrong']} bytes differ from the source, pages {answer['pages'][:8]}")
+            self.tally.mismatched_bytes += answer["wrong"]
+            self.tally.fail(f"{what}: {answer['wrong']} bytes differ from the source, pages {answer['pages'][:8]}")
         if answer.get("lost_writes"):
-            self._tally.fail(
+            self.tally.fail(
                 f"{what}: {len(answer['lost_writes'])} writes are lost, offsets {answer['lost_writes'][:8]}"
             )
         if "error" in answer:
-            self._tally.fail(f"{what}: {answer['error']}")
+            self.tally.fail(f"{what}: {answer['error']}")
         if answer.get("lost") and not self.may_lose:
-            self._tally.fail(f"{what}: told of lost pages, and the source has lost none")
+            self.tally.fail(f"{what}: told of lost pages, and the source has lost none")
         if answer.get("absent") and not actor.excused:
-            self._tally.fail(f"{what}: the attachment is not there")
+            self.tally.fail(f"{what}: the attachment is not there")
         for offset, value in answer.get("written", ()):
             self.ledger.setdefault(content["block"], {})[offset] = value
 
@@ -180,7 +185,7 @@ class Troupe:
 
     def kill_program(self, program: Program) -> None:
         program.kill()
-        self._tally.kills += program.killed
+        self.tally.kills += program.killed
 
     def _reap_programs(self) -> None:
         for program in [program for program in self._programs if program.ended()]:
@@ -193,12 +198,12 @@ class Troupe:
         if (program.killed and code == -signal.SIGKILL) or (code == -signal.SIGBUS and self.may_lose):
             return
         if code or not report.get("ok"):
-            self._tally.fail(f"{program.name} ended with {_ending(code)}: {complaint or report}")
+            self.tally.fail(f"{program.name} ended with {_ending(code)}: {complaint or report}")
         elif program.expected is not None and report["result"] != (right := program.expected()):
-            self._tally.mismatched_bytes += report["bytes_checked"]
-            self._tally.fail(f"{program.name} found {report['result']}, right is {right}; {program.process.args!r}")
+            self.tally.mismatched_bytes += report["bytes_checked"]
+            self.tally.fail(f"{program.name} found {report['result']}, right is {right}; {program.process.args!r}")
         else:
-            self._tally.bytes_checked += report["bytes_checked"]
+            self.tally.bytes_checked += report["bytes_checked"]
 
     # -- who waits for ever
 
@@ -207,8 +212,8 @@ class Troupe:
         found = [(pid, who) for pid, who, waits_s in stuck if waits_s > HANG_LIMIT_S]
         found += [(p.process.pid, p.name) for p in self._programs if p.runs_s() > PROGRAM_LIMIT_S]
         for pid, who in found:
-            where = "waits for a page" if inspect.wait_channel(pid) == inspect.WAITING_FOR_A_PAGE else "hangs"
-            self._tally.fail(f"{who} {where}, too long, at {self._doing(pid)}\n{inspect.threads(pid, who)}")
+            where = "waits for a page" if stacks.wait_channel(pid) == stacks.WAITING_FOR_A_PAGE else "hangs"
+            self.tally.fail(f"{who} {where}, too long, at {self._doing(pid)}\n{stacks.threads(pid, who)}")
         if found:
             raise Stuck
 

@@ -22,7 +22,8 @@ enum {
 
 #define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
 
-static void fail(const char *what, int line) {
+static void fail(const char *what, int line)
+{
     fprintf(stderr, "waiters_test.c:%d: %s\n", line, what);
     exit(1);
 }
@@ -33,7 +34,8 @@ static struct ramblock other = {.page_size = PAGE, .page_count = PAGES, .index =
 static struct status_helper status[REMOTES];
 static struct remote_fd *remotes[REMOTES];
 
-static void make_remotes(void) {
+static void make_remotes(void)
+{
     struct remote_map map = {.client_addr = 1 << 30, .length = PAGES * PAGE, .page = 0};
 
     for (int i = 0; i < REMOTES; i++) {
@@ -43,11 +45,13 @@ static void make_remotes(void) {
     remotes[OWN]->is_own = 1;
 }
 
-static int add(uint64_t page, int remote, uint32_t tid) {
-    return waiters_add(&waiters, &block, page, remotes[remote], tid, 1000 + page);
+static int add(uint64_t page, int remote, uint32_t tid)
+{
+    return waiters_add(&waiters, &block, page, remotes[remote], tid, 1000 + page, 1);
 }
 
-static int length(const struct waiter *list) {
+static int length(const struct waiter *list)
+{
     int n = 0;
 
     for (; list; list = list->next)
@@ -56,7 +60,8 @@ static int length(const struct waiter *list) {
 }
 
 /* How many were taken. */
-static int take(uint64_t page, uint64_t n) {
+static int take(uint64_t page, uint64_t n)
+{
     struct waiter *list = waiters_take(&waiters, &block, page, n);
     int n_taken = length(list);
 
@@ -64,22 +69,24 @@ static int take(uint64_t page, uint64_t n) {
     return n_taken;
 }
 
-static void one_request_a_page(void) {
+static void one_request_a_page(void)
+{
     CHECK(add(5, 0, 1) == WAITERS_ASK);
     CHECK(add(5, 0, 2) == WAITERS_JOINED);
     CHECK(add(5, 1, 1) == WAITERS_JOINED);
     CHECK(add(6, 0, 1) == WAITERS_ASK);
-    CHECK(waiters_add(&waiters, &other, 5, remotes[0], 1, 0) == WAITERS_ASK);
+    CHECK(waiters_add(&waiters, &other, 5, remotes[0], 1, 0, 1) == WAITERS_ASK);
     CHECK(waiters.entry_count == 3);
     CHECK(take(5, 1) == 3);
     CHECK(take(5, 1) == 0);
     CHECK(add(5, 0, 1) == WAITERS_ASK);
 }
 
-static void thread_that_faults_again_is_no_second_waiter(void) {
+static void thread_that_faults_again_is_no_second_waiter(void)
+{
     CHECK(add(5, 0, 1) == WAITERS_ASK);
     for (int i = 0; i < 100; i++)
-        CHECK(waiters_add(&waiters, &block, 5, remotes[0], 1, 99999) == WAITERS_JOINED);
+        CHECK(waiters_add(&waiters, &block, 5, remotes[0], 1, 99999, 1) == WAITERS_JOINED);
     CHECK(status[0].waiting == 1);
     struct waiter *list = waiters_take(&waiters, &block, 5, 1);
     CHECK(length(list) == 1);
@@ -88,7 +95,8 @@ static void thread_that_faults_again_is_no_second_waiter(void) {
     CHECK(status[0].waiting == 0);
 }
 
-static void range_is_taken_whole_and_nothing_beside_it(void) {
+static void range_is_taken_whole_and_nothing_beside_it(void)
+{
     for (uint64_t page = 0; page < 20; page++)
         CHECK(add(page, 0, (uint32_t)page) == WAITERS_ASK);
     CHECK(take(5, 10) == 10);
@@ -97,14 +105,16 @@ static void range_is_taken_whole_and_nothing_beside_it(void) {
     CHECK(waiters.entry_count == 0);
 }
 
-static void waiters_keep_their_remote_fd(void) {
+static void waiters_keep_their_remote_fd(void)
+{
     CHECK(add(5, 0, 1) == WAITERS_ASK);
     CHECK(remotes[0]->references == 2);
     CHECK(take(5, 1) == 1);
     CHECK(remotes[0]->references == 1);
 }
 
-static void own_waiters_stay_where_others_are_told_of_a_loss(void) {
+static void own_waiters_stay_where_others_are_told_of_a_loss(void)
+{
     add(5, 0, 1);
     add(5, OWN, 2);
     struct waiter *list = waiters_take_remote(&waiters, &block, 5);
@@ -114,7 +124,8 @@ static void own_waiters_stay_where_others_are_told_of_a_loss(void) {
     CHECK(take(5, 1) == 2);
 }
 
-static void page_whose_source_failed_is_asked_for_again(void) {
+static void page_whose_source_failed_is_asked_for_again(void)
+{
     add(5, 0, 1);
     add(5, 1, 2);
     waiters_unask(&waiters, &block, 5);
@@ -125,7 +136,8 @@ static void page_whose_source_failed_is_asked_for_again(void) {
     CHECK(take(5, 1) == 4);
 }
 
-static void each_unasked_page_is_found_once(void) {
+static void each_unasked_page_is_found_once(void)
+{
     char found[PAGES] = {0};
     uint32_t bucket = 0;
     uint64_t page;
@@ -136,7 +148,7 @@ static void each_unasked_page_is_found_once(void) {
         if (i % 3)
             waiters_unask(&waiters, &block, i);
     }
-    CHECK(waiters_add(&waiters, &other, 1, remotes[1], 1, 0) == WAITERS_ASK);
+    CHECK(waiters_add(&waiters, &other, 1, remotes[1], 1, 0, 1) == WAITERS_ASK);
     waiters_unask(&waiters, &other, 1);
     while (waiters_next_unasked(&waiters, &block, &bucket, &page)) {
         CHECK(page % 3 && !found[page]);
@@ -150,7 +162,8 @@ static void each_unasked_page_is_found_once(void) {
     CHECK(waiters_next_unasked(&waiters, &other, &bucket, &page) && page == 1);
 }
 
-static void remote_fd_that_goes_is_forgotten_and_no_other(void) {
+static void remote_fd_that_goes_is_forgotten_and_no_other(void)
+{
     for (uint64_t page = 0; page < 50; page++) {
         add(page, 0, 1);
         add(page, 0, 2);
@@ -165,9 +178,10 @@ static void remote_fd_that_goes_is_forgotten_and_no_other(void) {
     CHECK(take(0, PAGES) == 26);
 }
 
-static void block_that_goes_is_forgotten_and_no_other(void) {
+static void block_that_goes_is_forgotten_and_no_other(void)
+{
     add(5, 0, 1);
-    CHECK(waiters_add(&waiters, &other, 5, remotes[1], 1, 0) == WAITERS_ASK);
+    CHECK(waiters_add(&waiters, &other, 5, remotes[1], 1, 0, 1) == WAITERS_ASK);
     waiters_drop_block(&waiters, &block);
     CHECK(status[0].waiting == 0 && status[1].waiting == 1);
     CHECK(waiters.entry_count == 1);
@@ -177,7 +191,8 @@ static void block_that_goes_is_forgotten_and_no_other(void) {
 /* Threads that add and take at once: whoever was noted is taken exactly once, by somebody. */
 static uint64_t n_added, n_taken;
 
-static void *add_and_take(void *argument) {
+static void *add_and_take(void *argument)
+{
     uint32_t tid = (uint32_t)(uintptr_t)argument, random = tid + 1;
 
     for (uint32_t i = 0; i < ROUNDS; i++) {
@@ -185,7 +200,7 @@ static void *add_and_take(void *argument) {
         uint64_t page = random >> 16 & 15;
         if (random >> 30) {
             uint32_t waiter_tid = tid * ROUNDS + i;
-            CHECK(waiters_add(&waiters, &block, page, remotes[random >> 8 & 1], waiter_tid, 0) > 0);
+            CHECK(waiters_add(&waiters, &block, page, remotes[random >> 8 & 1], waiter_tid, 0, 1) > 0);
             __atomic_fetch_add(&n_added, 1, __ATOMIC_RELAXED);
         } else {
             __atomic_fetch_add(&n_taken, (uint64_t)take(page, 1 + (random >> 20 & 3)), __ATOMIC_RELAXED);
@@ -194,7 +209,8 @@ static void *add_and_take(void *argument) {
     return NULL;
 }
 
-static void nobody_is_lost_between_threads(void) {
+static void nobody_is_lost_between_threads(void)
+{
     pthread_t threads[THREADS];
 
     for (uintptr_t i = 0; i < THREADS; i++)
@@ -224,7 +240,8 @@ static const struct {
     {"nobody_is_lost_between_threads", nobody_is_lost_between_threads},
 };
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     for (size_t i = 0; argc == 2 && i < sizeof(cases) / sizeof(*cases); i++) {
         if (strcmp(cases[i].name, argv[1]) != 0)
             continue;

@@ -1,4 +1,4 @@
-"""inspect: where processes wait, for the report of a failure. Reads /proc and changes nothing."""
+"""stacks: where processes wait, for the report of a failure. Reads /proc and changes nothing."""
 
 from __future__ import annotations
 
