@@ -7,6 +7,7 @@ touches no missing page with the GIL held unless that is the point of the test.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import random
 import select
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +25,7 @@ import pytest
 
 from pcshare import admin
 from pcshare.coordinator import Options, Server
+from pcshare.core import ffi
 from pcshare.keeper import Keeper
 from pcshare.notifier import Notifier
 from pcshare.protocol import AdminOp
@@ -39,6 +41,8 @@ HUGE_PAGE = 2 << 20
 EAGER, LAZY, RATE, PAUSED = range(4)
 WAIT_S = 30.0  # far more than anything here takes; a test that reaches it has failed
 NOBODY = 65534
+
+_libc = ctypes.CDLL(None)
 
 
 class Pending:
@@ -66,12 +70,16 @@ class HelperProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, str(TESTS / "serving_child.py"), str(theirs.fileno()), socket_path, str(os.getpid())],
+                [
+                    sys.executable,
+                    str(TESTS / "serving_child.py"),
+                    str(theirs.fileno()),
+                    socket_path,
+                    str(os.getpid()),
+                    str(os.geteuid() if uid is None else uid),
+                ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                user=uid,
-                group=uid,
-                extra_groups=None if uid is None else [],
                 env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
             )
         self._connection = Connection(ours.detach())
@@ -230,8 +238,13 @@ def page_of(content: bytes, page: int, page_size: int = PAGE) -> bytes:
     return content[page * page_size : (page + 1) * page_size].ljust(page_size, b"\0")
 
 
+def read_own_page(ram: RAMBlock, page: int) -> bytes:
+    """What the coordinator's own mapping of a page holds, touched without the GIL."""
+    here = ctypes.create_string_buffer(ram.page_size)
+    addr = int(ffi.cast("uintptr_t", ram.pointer.host_addr)) + page * ram.page_size
+    _libc.memcpy(here, ctypes.c_void_p(addr), ctypes.c_size_t(ram.page_size))
+    return here.raw
+
+
 def is_readable(fd: int, timeout_s: float) -> bool:
     return bool(select.select([fd], [], [], timeout_s)[0])
-
-
-MakeFile = Callable[..., Path]

@@ -10,7 +10,8 @@ from pcshare.notifier import Change, Notice, NotifierChain
 
 def test_notifiers_are_told_in_the_order_in_which_they_were_added() -> None:
     """G2."""
-    chain, heard = NotifierChain(), []
+    chain = NotifierChain()
+    heard: list[tuple[str, Notice]] = []
     chain.add(lambda notice: heard.append(("first", notice)))
     chain.add(lambda notice: heard.append(("second", notice)))
     chain.notify(Change.INBOUND_ADVISE, "data")
@@ -21,7 +22,8 @@ def test_notifiers_are_told_in_the_order_in_which_they_were_added() -> None:
 
 def test_removed_notifier_hears_no_more() -> None:
     """G2."""
-    chain, heard = NotifierChain(), []
+    chain = NotifierChain()
+    heard: list[Notice] = []
     chain.add(heard.append)
     chain.notify(Change.PROBE, "data")
     chain.remove(heard.append)
@@ -33,7 +35,8 @@ def test_removed_notifier_hears_no_more() -> None:
 
 def test_notifier_may_remove_itself_while_it_is_told() -> None:
     """G2: and nobody after it is passed over."""
-    chain, heard = NotifierChain(), []
+    chain = NotifierChain()
+    heard: list[str] = []
 
     def once(notice: Notice) -> None:
         heard.append("once")
@@ -48,14 +51,15 @@ def test_notifier_may_remove_itself_while_it_is_told() -> None:
 
 def test_refusal_stops_the_chain_and_reaches_the_caller() -> None:
     """G2, A7."""
-    chain, heard = NotifierChain(), []
+    chain = NotifierChain()
+    heard: list[Notice] = []
 
     def refuse(notice: Notice) -> None:
         raise Vetoed("not today")
 
     chain.add(heard.append)
     chain.add(refuse)
-    chain.add(lambda notice: heard.append("after"))
+    chain.add(heard.append)
     with pytest.raises(Vetoed, match="not today"):
         chain.notify(Change.PROBE, "data")
     assert heard == [Notice(Change.PROBE, "data")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -79,6 +80,12 @@ def test_names_of_modes_and_orders_are_those_of_the_header() -> None:
     for kind, prefix in ((Mode, "WIRE_MODE_"), (AdminOp, "WIRE_ADMIN_")):
         found = {name.removeprefix(prefix): getattr(lib, name) for name in dir(lib) if name.startswith(prefix)}
         assert {member.name: member.value for member in kind} == found
+
+
+def test_block_is_named_once_and_never_in_a_request() -> None:
+    """D2: an attachment is of one block, so that a request needs no name, also not of the last one."""
+    assert "idstr" in dict(ffi.typeof("struct wire_hello").fields)
+    assert set(dict(ffi.typeof("struct wire_request").fields)) == {"header", "flags", "reserved", "offset", "length"}
 
 
 # ---- garbage ----
@@ -171,7 +178,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 
 def test_garbage_gives_a_message_or_the_one_protocol_error(rng: random.Random) -> None:
     """Never anything else, whatever the bytes."""
-    kinds = set()
+    kinds: set[type] = set()
     for _ in range(MUTATIONS):
         data, n_fds, _ = rng.choice(EXAMPLES)
         try:
@@ -192,13 +199,14 @@ def test_noise_gives_the_one_protocol_error(rng: random.Random) -> None:
 
 def test_what_does_not_fit_is_our_own_fault() -> None:
     many = [Map(4096 * i, 0, 4096) for i in range(17)]
-    for wrong in (
+    wrongs: list[Callable[[], bytes]] = [
         lambda: protocol.pack_hello("x" * 64),
         lambda: protocol.pack_attach([]),
         lambda: protocol.pack_attach(many),
         lambda: protocol.pack_welcome(protocol.Welcome(0, Mode.RO, 0, 1, 1, 1, 0, 0, "x", "", (1,) * 33)),
         lambda: protocol.pack_welcome(protocol.Welcome(0, Mode.RO, 0, 1, 1, 1, 0, 0, "x", "f" * 1024)),
-    ):
+    ]
+    for wrong in wrongs:
         with pytest.raises(LocalProtocolError):
             wrong()
 

@@ -326,7 +326,7 @@ def test_foreign_huge_page_is_repaired(keeper: Keeper, huge_pages: Callable[[int
 
 def test_too_few_huge_pages_are_refused_with_the_command_that_mends_it(keeper: Keeper) -> None:
     length = 1 << 40  # more than any machine has
-    with pytest.raises(HostError, match="vm.nr_hugepages") as caught:
+    with pytest.raises(HostError, match=r"vm\.nr_hugepages") as caught:
         Made(keeper, length, (), page_size=HUGE_PAGE)
     assert caught.value.errno == errno.ENOMEM
     assert str(length // HUGE_PAGE) in str(caught.value)

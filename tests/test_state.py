@@ -31,7 +31,6 @@ def test_table_has_every_state_and_those_of_the_status_segment() -> None:
 def test_exchange_returns_the_state_before() -> None:
     """G1."""
     cell = StateCell()
-    assert cell.value is State.NONE
     assert [cell.exchange(state) for state in LIFE] == [State.NONE, *LIFE[:-1]]
     assert cell.value is State.END
 
@@ -58,13 +57,14 @@ def test_every_state_but_none_can_be_given_up() -> None:
 def test_exchange_is_atomic() -> None:
     """G1: of many threads that would make the same step exactly one made it."""
     for _ in range(50):
-        cell, before, barrier = cell_in(State.RUNNING), [], threading.Barrier(4)
+        cell, barrier = cell_in(State.RUNNING), threading.Barrier(4)
+        before: list[State] = []
 
-        def end(cell: StateCell = cell, before: list[State] = before, barrier: threading.Barrier = barrier) -> None:
+        def end(cell: StateCell, before: list[State], barrier: threading.Barrier) -> None:
             barrier.wait()
             before.append(cell.exchange(State.END))
 
-        threads = [threading.Thread(target=end) for _ in range(4)]
+        threads = [threading.Thread(target=end, args=(cell, before, barrier)) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -37,7 +37,7 @@ static void install(int signal_number, void (*handler)(int))
     sigaction(signal_number, &action, NULL);
 }
 
-static int run_child(char **command, int socket_fd, pid_t keeper_pid)
+static int run_child(char **command, int socket_fd, pid_t keeper_pid, const sigset_t *mask)
 {
     char number[16];
 
@@ -45,6 +45,7 @@ static int run_child(char **command, int socket_fd, pid_t keeper_pid)
     prctl(PR_SET_PDEATHSIG, SIGTERM);
     if (getppid() != keeper_pid)
         _exit(EXIT_FAILURE);
+    sigprocmask(SIG_SETMASK, mask, NULL);
     snprintf(number, sizeof(number), "%d", socket_fd);
     setenv("PCSHARE_KEEPER_FD", number, 1);
     execvp(command[0], command);
@@ -67,15 +68,29 @@ static int reap(pid_t pid)
     return EXIT_SIGNAL_BASE + WTERMSIG(status);
 }
 
+/* Those that are passed on wait while the child has no pid yet: none is lost, and none ends the keeper alone. */
+static void hold_signals(sigset_t *before)
+{
+    sigset_t set;
+
+    sigemptyset(&set);
+    sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGHUP);
+    sigprocmask(SIG_BLOCK, &set, before);
+}
+
 static int keep_for(char **command)
 {
     int pair[2];
     pid_t self = getpid();
+    sigset_t mask;
 
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) {
         perror("pcshare-keeper: socketpair");
         return EXIT_FAILURE;
     }
+    hold_signals(&mask);
     pid_t pid = fork();
     if (pid < 0) {
         perror("pcshare-keeper: fork");
@@ -85,13 +100,14 @@ static int keep_for(char **command)
         int inherited = dup(pair[1]);
         if (inherited < 0)
             _exit(EXIT_FAILURE);
-        run_child(command, inherited, self);
+        run_child(command, inherited, self, &mask);
     }
     child_pid = pid;
     close(pair[1]);
     install(SIGINT, forward);
     install(SIGTERM, forward);
     install(SIGHUP, forward);
+    sigprocmask(SIG_SETMASK, &mask, NULL);
     int rc = keeper_serve(pair[0]);
     if (rc < 0)
         fprintf(stderr, "pcshare-keeper: %s\n", strerror(-rc));
