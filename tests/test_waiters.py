@@ -19,6 +19,8 @@ CASES = {
     "own_waiters_stay_where_others_are_told_of_a_loss": "P3, E6",
     "page_whose_source_failed_is_asked_for_again": "D3",
     "each_unasked_page_is_found_once": "D3",
+    "who_waits_without_asking_leaves_the_page_unasked": "D3, P3",
+    "unasked_page_that_nobody_waits_for_is_forgotten": "D3, P3",
     "remote_fd_that_goes_is_forgotten_and_no_other": "P4, C5",
     "block_that_goes_is_forgotten_and_no_other": "C5",
     "nobody_is_lost_between_threads": "P3",

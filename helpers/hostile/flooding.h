@@ -4,8 +4,11 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <setjmp.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <time.h>
 #include <unistd.h>
 #include "uffd.h"
 #include "scene.h"
@@ -14,6 +17,8 @@ enum {
     FLOOD_REQUESTS = 20000,
     FLOOD_FAULTS_THREADS = 8,
     FLOOD_WAKES_MAX = 200000, /* in all; a page arrives long before */
+    FLOOD_WAITS_MAX = 4096, /* FAULT_DEMANDS_IN_FLIGHT_MAX: who waits for more pages is cut off */
+    FLOOD_PERIOD_US = 50,   /* for each of them */
     IDLE_CONNECTIONS = 512,
     RECONNECTIONS = 100,
 };
@@ -69,6 +74,61 @@ static int hostile_floods_faults(struct scene *s)
             return scene_end(s, HARM, "harm", "page %llu holds wrong bytes", (unsigned long long)pages[i]);
     }
     return scene_end(s, WELL, "served", "like the others");
+}
+
+static sigjmp_buf before_next_page;
+
+static void leave_page(int signal_number)
+{
+    (void)signal_number;
+    siglongjmp(before_next_page, 1);
+}
+
+/* Touches page after page and leaves each by a timer's signal before it comes; the number of pages. */
+static uint64_t touch_and_leave(const struct raw *r, uint64_t n)
+{
+    const struct itimerspec period = {{0, FLOOD_PERIOD_US * 1000L}, {0, FLOOD_PERIOD_US * 1000L}}, never = {{0}, {0}};
+    struct sigevent event = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGPROF};
+    struct sigaction action = {.sa_handler = leave_page}, ignore = {.sa_handler = SIG_IGN};
+    static timer_t timer;
+    static volatile uint64_t page;
+    sigaction(SIGPROF, &action, NULL);
+    if (timer_create(CLOCK_MONOTONIC, &event, &timer))
+        return 0;
+    if (sigsetjmp(before_next_page, 1) == 0)
+        timer_settime(timer, 0, &period, NULL);
+    while (page < n) {
+        const volatile uint8_t *at = r->data + page++ * r->welcome.page_size;
+        (void)*at;
+    }
+    timer_settime(timer, 0, &never, NULL);
+    sigaction(SIGPROF, &ignore, NULL);
+    timer_delete(timer);
+    return page;
+}
+
+/* One thread that waits for more pages than a process has threads. */
+static int hostile_floods_waits(struct scene *s)
+{
+    struct toucher threads[OTHERS_PAGES];
+    struct raw r, other;
+    TRY(scene_join(s, &r));
+    uint64_t page_count = raw_status_block(&r)->page_count;
+    if (page_count < 2 * FLOOD_WAITS_MAX + OTHERS_PAGES)
+        return scene_end(s, CANNOT, "cannot", "a block of %llu pages is too small", (unsigned long long)page_count);
+    if (touch_and_leave(&r, page_count - OTHERS_PAGES) <= FLOOD_WAITS_MAX)
+        return scene_end(s, CANNOT, "cannot", "timer: %s", strerror(errno));
+    TRY(scene_expect_refusal(s, &r, "waits for too many pages"));
+    TRY(scene_join(s, &other));
+    for (uint64_t i = 0; i < OTHERS_PAGES; i++) /* at once: the source is slow */
+        toucher_start(&threads[i], other.data + (page_count - OTHERS_PAGES + i) * r.welcome.page_size);
+    for (int i = 0; i < OTHERS_PAGES; i++)
+        if (toucher_join(&threads[i], FAULT_LIMIT_MS))
+            return scene_end(s, HARM, "harm", "a page of another helper never came");
+    for (uint64_t i = page_count - OTHERS_PAGES; i < page_count; i++)
+        if (!scene_is_right(s, &other, other.data + i * r.welcome.page_size, i))
+            return scene_end(s, HARM, "harm", "page %llu holds wrong bytes", (unsigned long long)i);
+    return WELL;
 }
 
 static int hostile_idle_connections(struct scene *s)

@@ -12,7 +12,11 @@
 #include "uffd.h"
 #include "scene.h"
 
-enum { EXTRA_FDS_MAX = 32 };
+enum {
+    EXTRA_FDS_MAX = 32,
+    QUEUED_TRIES = 8,  /* several fault threads read what waits, in turns */
+    ADDRESS_BITS = 47, /* of an address space that every kernel grants */
+};
 
 /* A hand-over that is right up to ATTACH, then this ATTACH with these fds. */
 static int try_attach(struct scene *s, struct raw *r, const struct wire_attach *attach, const int *fds, uint32_t n_fds,
@@ -40,8 +44,10 @@ static int extra_fds_on_hello(struct scene *s, const int *fds)
     struct wire_hello hello = raw_hello_message(s->idstr, s->mode);
     struct raw r;
     TRY(scene_connect(s, &r));
-    raw_send(r.control, &hello, sizeof hello, fds, 1);
-    TRY(scene_expect_refusal(s, &r, "HELLO with an fd"));
+    int rc = raw_send(r.control, &hello, sizeof hello, fds, 1);
+    s->attempts++;
+    if (rc != -EPERM) /* refused to the sender at once, where the kernel can */
+        TRY(scene_expect_refusal(s, &r, "HELLO with an fd"));
     return close(r.control);
 }
 
@@ -162,6 +168,22 @@ static int hostile_outside_offsets(struct scene *s)
     return try_maps(s, wrong, sizeof wrong / sizeof *wrong, "a map outside the block");
 }
 
+static int hostile_maps_beyond(struct scene *s)
+{
+    const uint64_t end = 1ull << ADDRESS_BITS;
+    struct raw r;
+    TRY(scene_map(s, &r));
+    const uint64_t starts[] = {end - r.welcome.map_length, end, 1ull << 50, (1ull << 56) - r.welcome.map_length};
+    for (size_t i = 0; i < sizeof starts / sizeof *starts; i++) {
+        TRY(scene_map(s, &r));
+        struct wire_attach attach = raw_attach_message(&r);
+        attach.maps[0].client_addr = starts[i];
+        TRY(try_attach(s, &r, &attach, &r.uffd, 1, "a map at an address that no address space has"));
+    }
+    TRY(scene_others_go_on(s));
+    return WELL;
+}
+
 static int hostile_zero_length_map(struct scene *s)
 {
     struct raw r;
@@ -224,6 +246,40 @@ static int hostile_outside_addresses(struct scene *s)
     TRY(scene_expect_refusal(s, &r, "a fault outside every map"));
     TRY(scene_others_go_on(s));
     return scene_end(s, WELL, "cut-off", "at its first fault outside every map; its thread waits");
+}
+
+/* Its faults wait when it attaches: one outside the half that it names, and behind that one on a page that another
+ * helper wants. The other must get the page whatever comes of this one. */
+static int queue_and_attach(struct scene *s, const struct raw *other)
+{
+    static struct toucher outside, inside;
+    struct raw r;
+    uint64_t page;
+    TRY(scene_map(s, &r));
+    TRY(scene_missing_page(s, other, &page));
+    struct wire_attach attach = raw_attach_message(&r);
+    uint64_t half = r.welcome.map_length / 2 / r.welcome.page_size * r.welcome.page_size;
+    int is_low = page * r.welcome.page_size < half;
+    attach.maps[0].length = is_low ? half : r.welcome.map_length - half;
+    attach.maps[0].client_addr += is_low ? 0 : half;
+    attach.maps[0].offset = is_low ? 0 : half;
+    toucher_start(&outside, r.data + (is_low ? half : 0));
+    TRY(step(s, raw_wait_for_pending(&r, 1), "a fault"));
+    toucher_start(&inside, r.data + page * r.welcome.page_size);
+    TRY(step(s, raw_wait_for_pending(&r, 2), "a second fault"));
+    raw_send(r.control, &attach, sizeof attach, &r.uffd, 1);
+    TRY(scene_expect_cut_off(s, &r, "faults from before ATTACH, one outside its maps"));
+    return scene_use_page(s, other, page);
+}
+
+static int hostile_faults_before_attach(struct scene *s)
+{
+    struct raw other;
+    TRY(scene_join(s, &other));
+    for (int i = 0; i < QUEUED_TRIES; i++)
+        TRY(queue_and_attach(s, &other));
+    TRY(scene_others_go_on(s));
+    return WELL;
 }
 
 static int hostile_foreign_uffd(struct scene *s)

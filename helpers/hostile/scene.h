@@ -184,19 +184,26 @@ static int toucher_join(struct toucher *t, int timeout_ms)
     return -pthread_timedjoin_np(t->thread, NULL, &deadline);
 }
 
-/* Touches missing pages through r and compares them: 0, CANNOT or HARM. */
+/* Touches this page through r and compares it: 0 or HARM. */
+static int scene_use_page(struct scene *s, const struct raw *r, uint64_t page)
+{
+    struct toucher t;
+    const uint8_t *bytes = r->data + page * r->welcome.page_size;
+    toucher_start(&t, bytes);
+    if (toucher_join(&t, FAULT_LIMIT_MS))
+        return scene_end(s, HARM, "harm", "page %llu never came", (unsigned long long)page);
+    if (!scene_is_right(s, r, bytes, page))
+        return scene_end(s, HARM, "harm", "page %llu holds wrong bytes", (unsigned long long)page);
+    return 0;
+}
+
+/* The same with missing pages at random places: 0, CANNOT or HARM. */
 static int scene_use(struct scene *s, const struct raw *r, uint32_t n_pages)
 {
     for (uint32_t i = 0; i < n_pages; i++) {
         uint64_t page;
         TRY(scene_missing_page(s, r, &page));
-        struct toucher t;
-        const uint8_t *bytes = r->data + page * r->welcome.page_size;
-        toucher_start(&t, bytes);
-        if (toucher_join(&t, FAULT_LIMIT_MS))
-            return scene_end(s, HARM, "harm", "page %llu never came", (unsigned long long)page);
-        if (!scene_is_right(s, r, bytes, page))
-            return scene_end(s, HARM, "harm", "page %llu holds wrong bytes", (unsigned long long)page);
+        TRY(scene_use_page(s, r, page));
     }
     return 0;
 }
@@ -233,6 +240,16 @@ static int scene_expect_refusal(struct scene *s, const struct raw *r, const char
     return 0;
 }
 
+/* The same of an ATTACH that may be granted first: ACK, then the cut. */
+static int scene_expect_cut_off(struct scene *s, struct raw *r, const char *what)
+{
+    int rc = raw_receive(r->control, &r->ack, sizeof r->ack, NULL, NULL, NOTICE_LIMIT_MS);
+    if (rc == (int)sizeof r->ack && r->ack.header.type == WIRE_ACK)
+        return scene_expect_refusal(s, r, what);
+    s->attempts++;
+    return rc == -ETIMEDOUT ? scene_end(s, HARM, "harm", "%s: no answer", what) : 0;
+}
+
 /* Ends WELL if the others go on. */
 static int scene_end_if_others_go_on(struct scene *s, const char *outcome, const char *detail)
 {
@@ -246,6 +263,27 @@ static int raw_wait_for_fault(const struct raw *r)
     const struct timespec nap = {.tv_nsec = LOOK_AGAIN_MS * 1000000L};
     for (int i = 0; i < FAULT_LIMIT_MS / LOOK_AGAIN_MS; i++) {
         if (__atomic_load_n(&raw_status_helper(r)->faults, __ATOMIC_ACQUIRE))
+            return 0;
+        nanosleep(&nap, NULL);
+    }
+    return -ETIMEDOUT;
+}
+
+/* Returns when so many faults wait on r's uffd and nobody has read them (or time is over: -ETIMEDOUT). */
+static int raw_wait_for_pending(const struct raw *r, unsigned n)
+{
+    const struct timespec nap = {.tv_nsec = LOOK_AGAIN_MS * 1000000L};
+    char path[64], text[512];
+    snprintf(path, sizeof path, "/proc/self/fdinfo/%d", r->uffd);
+    for (int i = 0; i < FAULT_LIMIT_MS / LOOK_AGAIN_MS; i++) {
+        unsigned pending = 0;
+        FILE *file = fopen(path, "re");
+        size_t length = file ? fread(text, 1, sizeof text - 1, file) : 0;
+        if (file)
+            fclose(file);
+        text[length] = 0;
+        const char *line = strstr(text, "pending:");
+        if (line && sscanf(line, "pending: %u", &pending) == 1 && pending >= n)
             return 0;
         nanosleep(&nap, NULL);
     }

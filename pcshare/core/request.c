@@ -377,7 +377,7 @@ void request_shared_page(struct fault_threads *ft, struct fault_worker *worker, 
     } else if (bitmap_test(block->failed, page) && !remote->is_own) {
         poison_remote(block, remote, page);
     } else {
+        stream_follow(ft, block, page); /* before the wake: whoever then steers the stream finds it following */
         bring_page(ft, worker, served, remote, page, tid, now_ns);
-        stream_follow(ft, block, page);
     }
 }

@@ -162,6 +162,34 @@ static void each_unasked_page_is_found_once(void)
     CHECK(waiters_next_unasked(&waiters, &other, &bucket, &page) && page == 1);
 }
 
+static void who_waits_without_asking_leaves_the_page_unasked(void)
+{
+    uint32_t bucket = 0;
+    uint64_t page;
+
+    CHECK(waiters_add(&waiters, &block, 5, remotes[0], 1, 0, 0) == WAITERS_ASK);
+    CHECK(waiters_add(&waiters, &block, 5, remotes[1], 2, 0, 0) == WAITERS_ASK);
+    CHECK(waiters_next_unasked(&waiters, &block, &bucket, &page) && page == 5);
+    bucket = 0;
+    CHECK(!waiters_next_unasked(&waiters, &block, &bucket, &page));
+    CHECK(add(5, 0, 3) == WAITERS_JOINED); /* it was asked for when it was found */
+    CHECK(waiters_add(&waiters, &block, 6, remotes[0], 1, 0, 0) == WAITERS_ASK);
+    CHECK(add(6, 1, 2) == WAITERS_ASK);
+    CHECK(waiters_add(&waiters, &block, 6, remotes[0], 4, 0, 0) == WAITERS_JOINED); /* nor does it take that back */
+    bucket = 0;
+    CHECK(!waiters_next_unasked(&waiters, &block, &bucket, &page));
+    CHECK(take(0, PAGES) == 6);
+}
+
+static void unasked_page_that_nobody_waits_for_is_forgotten(void)
+{
+    CHECK(waiters_add(&waiters, &block, 5, remotes[0], 1, 0, 0) == WAITERS_ASK);
+    CHECK(waiters_drop_remote(&waiters, remotes[0]) == 1);
+    CHECK(waiters.entry_count == 0);
+    CHECK(add(5, 1, 2) == WAITERS_ASK);
+    CHECK(take(5, 1) == 1);
+}
+
 static void remote_fd_that_goes_is_forgotten_and_no_other(void)
 {
     for (uint64_t page = 0; page < 50; page++) {
@@ -235,6 +263,8 @@ static const struct {
     {"own_waiters_stay_where_others_are_told_of_a_loss", own_waiters_stay_where_others_are_told_of_a_loss},
     {"page_whose_source_failed_is_asked_for_again", page_whose_source_failed_is_asked_for_again},
     {"each_unasked_page_is_found_once", each_unasked_page_is_found_once},
+    {"who_waits_without_asking_leaves_the_page_unasked", who_waits_without_asking_leaves_the_page_unasked},
+    {"unasked_page_that_nobody_waits_for_is_forgotten", unasked_page_that_nobody_waits_for_is_forgotten},
     {"remote_fd_that_goes_is_forgotten_and_no_other", remote_fd_that_goes_is_forgotten_and_no_other},
     {"block_that_goes_is_forgotten_and_no_other", block_that_goes_is_forgotten_and_no_other},
     {"nobody_is_lost_between_threads", nobody_is_lost_between_threads},
