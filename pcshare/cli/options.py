@@ -27,6 +27,7 @@ else:  # generic for type checkers only, and in older versions of click not even
 STREAM_MODES = {"eager": 0, "lazy": 1, "rate": 2, "paused": 3}
 
 PAGE_SIZES = (4 << 10, 2 << 20)
+FAULT_THREADS_MAX = 64  # as in core/fault_thread.h
 EXIT_SIGNAL = 128
 
 
@@ -109,7 +110,7 @@ _SERVING = (
     ),
     click.option(
         "--fault-threads",
-        type=click.IntRange(min=1),
+        type=click.IntRange(1, FAULT_THREADS_MAX),
         default=None,
         metavar="N",
         help="How many fault threads; several are pinned to a CPU each.",

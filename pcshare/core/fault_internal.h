@@ -2,8 +2,8 @@
  * core.
  *
  * Files: fault_thread.c (threads and what they poll), fault_set.c (adding, finding, removing), request.c (a fault's way
- * to its page), stream.c (all that is asked for without a fault), fault_control.c (messages of attached helpers),
- * fault_event.c (what Python is told).
+ * to its page), fault_home.c (which of them answers), stream.c (all that is asked for without a fault), fault_control.c
+ * (messages of attached helpers), fault_event.c (what Python is told).
  */
 #ifndef PCSHARE_FAULT_INTERNAL_H
 #define PCSHARE_FAULT_INTERNAL_H
@@ -88,6 +88,12 @@ struct remote_fd *remote_by_id(struct fault_threads *ft, uint32_t id); /* counte
 void for_each_remote(struct fault_threads *ft, const struct ramblock *block,
                      void (*call)(struct remote_fd *remote, void *argument), void *argument);
 struct served_block *served_block_of(struct fault_threads *ft, const struct ramblock *block);
+
+/* fault_home.c */
+/* A thread of the helper has faulted and been answered: now and then looks where it runs. */
+void home_note_fault(struct remote_fd *remote, uint32_t tid);
+/* Lets the worker on the helper's own CPU go first. 1: it has taken what there was. */
+int home_gives_way(const struct fault_worker *worker, const struct remote_fd *remote);
 
 /* request.c */
 void request_shared_page(struct fault_threads *ft, struct fault_worker *worker, struct remote_fd *remote, uint64_t page,

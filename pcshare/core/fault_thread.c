@@ -88,11 +88,15 @@ static void handle_uffd(struct fault_worker *worker, struct remote_fd *remote, u
         disable_remote(worker->ft, remote, EBADFD, 0);
         return;
     }
+    if (home_gives_way(worker, remote))
+        return;
     int n = uffd_read(remote->uffd, messages, UFFD_READ_MAX);
     if (n < 0 && n != -EINTR)
         disable_remote(worker->ft, remote, -n, 0);
     for (int i = 0; i < n; i++)
         handle_fault_message(worker, remote, &messages[i]);
+    if (n > 0)
+        home_note_fault(remote, messages[n - 1].tid);
 }
 
 static void dispatch(struct fault_worker *worker, const struct epoll_event *event)

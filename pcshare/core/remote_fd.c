@@ -62,6 +62,7 @@ int remote_fd_new(struct remote_fd **rp, struct ramblock *block, int uffd, int c
         return rc;
     }
     r->references = 1;
+    r->home_cpu = -1;
     r->uffd = uffd;
     r->control = control;
     r->block = block;

@@ -30,6 +30,8 @@ struct remote_fd {
     struct ramblock *block;
     uint32_t n_maps;
     struct remote_map maps[16];
+    int32_t home_cpu;     /* where its thread that faulted last ran when somebody looked; -1: unknown */
+    uint32_t home_faults; /* since it was added */
     struct status_helper *status;
     int32_t events; /* REMOTE_EVENT_* not yet told */
     int error;      /* the errno that goes with DISABLED */
