@@ -6,10 +6,12 @@ An fd has an owner from the line where it exists. Must not know what is behind a
 from __future__ import annotations
 
 import os
+import threading
 from types import TracebackType
 from typing import Self
 
 CLOSED = -1
+_USERFAULTFD = "anon_inode:[userfaultfd]"
 USERFAULTFD_DEVICE = "/dev/userfaultfd"
 
 
@@ -60,6 +62,24 @@ class OwnedFd:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {'closed' if self.closed else self._fd}>"
+
+
+def close_aside(*owned: OwnedFd) -> None:
+    """Closes what somebody else sent without waiting for it: the close of what is no userfaultfd can make its closer
+    wait (a socket that lingers, a file of FUSE)."""
+    slow = []
+    for one in owned:
+        if one.closed or os.readlink(f"/proc/self/fd/{one.fileno()}") == _USERFAULTFD:
+            one.close()
+        else:
+            slow.append(OwnedFd(one.detach()))
+    if slow:
+        threading.Thread(target=_close_all, args=(slow,), name="closing", daemon=True).start()
+
+
+def _close_all(owned: list[OwnedFd]) -> None:
+    for one in owned:
+        one.close()
 
 
 def open_uffd_device() -> OwnedFd | None:

@@ -20,10 +20,11 @@ from types import TracebackType
 from typing import Self
 
 from pcshare.errors import AttachTimeout, CoordinatorGone, NoSuchCoordinator, PcshareError, RemoteProtocolError
-from pcshare.fds import OwnedFd
+from pcshare.fds import OwnedFd, close_aside
 
 MESSAGE_BYTES_MAX = 4096  # the largest message is half of it
 FDS_MAX = 4  # as WIRE_FDS_MAX
+FDS_ROOM = 253  # as SCM_MAX_FD: what finds no room the kernel closes at once, and may wait for it
 BACKLOG = 512  # who starts a thousand helpers at once
 SO_PASSRIGHTS = 83  # Linux 6.16; Python names it not yet
 _INT_BYTES = array.array("i").itemsize
@@ -58,16 +59,15 @@ class Connection:
     def receive_now(self) -> tuple[bytes, list[OwnedFd]]:
         """One message and its fds; b"" when the peer hung up. BlockingIOError: none is there."""
         data, ancillary, flags, _ = self._socket.recvmsg(
-            MESSAGE_BYTES_MAX, socket.CMSG_SPACE(FDS_MAX * _INT_BYTES), socket.MSG_CMSG_CLOEXEC
+            MESSAGE_BYTES_MAX, socket.CMSG_SPACE(FDS_ROOM * _INT_BYTES), socket.MSG_CMSG_CLOEXEC
         )
         fds: list[OwnedFd] = []
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 whole = content[: len(content) - len(content) % _INT_BYTES]
                 fds += [OwnedFd(fd) for fd in array.array("i", whole)]
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            for fd in fds:
-                fd.close()
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) > FDS_MAX:
+            close_aside(*fds)
             raise RemoteProtocolError("a message or its fds are too many and were cut off", errno=errno.EPROTO)
         return data, fds
 
@@ -106,6 +106,12 @@ class Connection:
         system: where the kernel can refuse them, none comes but when one is due."""
         _accept_fds(self._socket, wanted)
 
+    def has_unread(self) -> bool:
+        """Whether the peer has sent something, or hung up."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
+
     def dup(self) -> OwnedFd:
         """A copy of the socket for the core."""
         return OwnedFd(os.dup(self._socket.fileno()))
@@ -120,6 +126,14 @@ class Connection:
 
     def close(self) -> None:
         self._socket.close()
+
+    def close_unread(self) -> None:
+        """Closes without waiting for the fds that may lie in messages which nobody has read."""
+        if self._socket.fileno() >= 0:
+            self.accept_fds(False)
+            if self.has_unread():
+                close_aside(OwnedFd(self._socket.detach()))
+        self.close()
 
     def __enter__(self) -> Self:
         return self

@@ -20,6 +20,9 @@ from support_coordinator import EXECUTABLES, Helper, Serving, coordinator, run_h
 DATA_BYTES = 4 << 20
 HONEST_TOUCHES = 200
 HOSTILE_LIMIT_S = 40
+LARGE_BYTES = 64 << 20
+SLOW_SOURCE = "delay=2s"  # longer than a helper takes to touch FAULT_DEMANDS_IN_FLIGHT_MAX pages
+FOR_LARGE = "floods-waits"  # has a block of its own
 SLOW = ("never-speaks", "never-attaches")  # until the time limit of the hand-over
 
 
@@ -68,7 +71,12 @@ def test_table_has_every_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    "row", [pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.name in SLOW else []) for row in ROWS]
+    "row",
+    [
+        pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.name in SLOW else [])
+        for row in ROWS
+        if row.name != FOR_LARGE
+    ],
 )
 def test_hostile_helper_harms_nobody(served: Serving, data_file: Path, row: Row, seed: int) -> None:
     own = "scratch" if row.writable else "data"
@@ -94,6 +102,20 @@ def test_hostile_helper_harms_nobody(served: Serving, data_file: Path, row: Row,
     if not row.writable:
         asked = run_helper(served, "scan", f"--block={own}", "--ensure")
         assert asked.report["result"] == expected.expected_scan(data_file), asked
+
+
+def test_helper_that_waits_for_more_pages_than_it_has_threads_is_cut_off(
+    runtime_dir: Path, tmp_path: Path, rng: random.Random, seed: int
+) -> None:
+    """P4: what it left behind is read, and the other's pages behind that."""
+    path = tmp_path / "large.bin"
+    path.write_bytes(rng.randbytes(LARGE_BYTES))
+    with coordinator(f"data={path}#{SLOW_SOURCE}", options=["--stream=lazy"]) as served:
+        hostile = Helper(served, "hostile", "--block=data", f"--source={path}", f"--seed={seed}", FOR_LARGE)
+        finished = hostile.finish(HOSTILE_LIMIT_S)
+        assert finished.returncode == 0, finished
+        assert "waits for more pages" in finished.report["detail"]
+        assert served.block("data").received_pages < LARGE_BYTES // 4096
 
 
 def test_hostile_helpers_all_at_once_harm_nobody(served: Serving, data_file: Path, seed: int) -> None:

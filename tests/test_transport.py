@@ -14,6 +14,7 @@ import pytest
 from pcshare import transport
 from pcshare.errors import AttachTimeout, CoordinatorGone, NoSuchCoordinator, PcshareError, RemoteProtocolError
 from pcshare.transport import Connection, Listener
+from support import wait_until
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_too_many_fds_are_the_peers_fault_and_are_closed(pair: tuple[Connection,
     send_fds(peer, b"hello", transport.FDS_MAX + 3)
     with pytest.raises(RemoteProtocolError, match="cut off"):
         connection.receive_now()
-    assert set(os.listdir("/proc/self/fd")) == before
+    wait_until(lambda: set(os.listdir("/proc/self/fd")) == before, "the fds to be closed")
 
 
 def test_nothing_there_is_no_error(pair: tuple[Connection, socket.socket]) -> None:

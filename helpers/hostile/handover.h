@@ -248,25 +248,32 @@ static int hostile_outside_addresses(struct scene *s)
     return scene_end(s, WELL, "cut-off", "at its first fault outside every map; its thread waits");
 }
 
+/* A fault that nobody reads, on one of these pages, so that n wait: 0 or CANNOT. */
+static int queue_fault(struct scene *s, const struct raw *r, struct toucher *t, uint64_t first, uint64_t n_pages,
+                       unsigned n, uint64_t *pagep)
+{
+    for (int i = 0; i < QUEUED_TRIES; i++) {
+        TRY(scene_missing_page_of(s, r, first, n_pages, pagep));
+        toucher_start(t, r->data + *pagep * r->welcome.page_size);
+        while (toucher_join(t, LOOK_AGAIN_MS)) /* it ends if somebody else has just brought the page */
+            if (raw_pending(r) >= n)
+                return 0;
+    }
+    return scene_end(s, CANNOT, "cannot", "no fault waits");
+}
+
 /* Its faults wait when it attaches: one outside the half that it names, and behind that one on a page that another
  * helper wants. The other must get the page whatever comes of this one. */
 static int queue_and_attach(struct scene *s, const struct raw *other)
 {
     static struct toucher outside, inside;
     struct raw r;
-    uint64_t page;
+    uint64_t page, half = raw_status_block(other)->page_count / 2;
     TRY(scene_map(s, &r));
-    TRY(scene_missing_page(s, other, &page));
+    TRY(queue_fault(s, &r, &outside, half, half, 1, &page));
+    TRY(queue_fault(s, &r, &inside, 0, half, 2, &page));
     struct wire_attach attach = raw_attach_message(&r);
-    uint64_t half = r.welcome.map_length / 2 / r.welcome.page_size * r.welcome.page_size;
-    int is_low = page * r.welcome.page_size < half;
-    attach.maps[0].length = is_low ? half : r.welcome.map_length - half;
-    attach.maps[0].client_addr += is_low ? 0 : half;
-    attach.maps[0].offset = is_low ? 0 : half;
-    toucher_start(&outside, r.data + (is_low ? half : 0));
-    TRY(step(s, raw_wait_for_pending(&r, 1), "a fault"));
-    toucher_start(&inside, r.data + page * r.welcome.page_size);
-    TRY(step(s, raw_wait_for_pending(&r, 2), "a second fault"));
+    attach.maps[0].length = half * r.welcome.page_size;
     raw_send(r.control, &attach, sizeof attach, &r.uffd, 1);
     TRY(scene_expect_cut_off(s, &r, "faults from before ATTACH, one outside its maps"));
     return scene_use_page(s, other, page);

@@ -123,16 +123,21 @@ static int scene_join(struct scene *s, struct raw *r)
     return step(s, raw_attach(r), "ATTACH");
 }
 
-/* A page that is not received, at a random place: 0 or CANNOT. */
-static int scene_missing_page(struct scene *s, const struct raw *r, uint64_t *pagep)
+/* A page of these that is not received, at a random place: 0 or CANNOT. */
+static int scene_missing_page_of(struct scene *s, const struct raw *r, uint64_t first, uint64_t n, uint64_t *pagep)
 {
-    uint64_t page_count = raw_status_block(r)->page_count, start = scene_random(s) % page_count;
-    for (uint64_t i = 0; i < page_count; i++) {
-        *pagep = (start + i) % page_count;
+    uint64_t start = scene_random(s) % n;
+    for (uint64_t i = 0; i < n; i++) {
+        *pagep = first + (start + i) % n;
         if (!raw_is_received(r, *pagep))
             return 0;
     }
     return scene_end(s, CANNOT, "cannot", "every page is received already");
+}
+
+static int scene_missing_page(struct scene *s, const struct raw *r, uint64_t *pagep)
+{
+    return scene_missing_page_of(s, r, 0, raw_status_block(r)->page_count, pagep);
 }
 
 /* Whether the bytes are the source's of that page. */
@@ -181,6 +186,9 @@ static int toucher_join(struct toucher *t, int timeout_ms)
     struct timespec deadline;
     clock_gettime(CLOCK_REALTIME, &deadline);
     deadline.tv_sec += timeout_ms / 1000;
+    deadline.tv_nsec += timeout_ms % 1000 * 1000000L;
+    deadline.tv_sec += deadline.tv_nsec / 1000000000;
+    deadline.tv_nsec %= 1000000000;
     return -pthread_timedjoin_np(t->thread, NULL, &deadline);
 }
 
@@ -269,25 +277,19 @@ static int raw_wait_for_fault(const struct raw *r)
     return -ETIMEDOUT;
 }
 
-/* Returns when so many faults wait on r's uffd and nobody has read them (or time is over: -ETIMEDOUT). */
-static int raw_wait_for_pending(const struct raw *r, unsigned n)
+/* How many faults wait on r's uffd that nobody has read. */
+static unsigned raw_pending(const struct raw *r)
 {
-    const struct timespec nap = {.tv_nsec = LOOK_AGAIN_MS * 1000000L};
     char path[64], text[512];
+    unsigned pending = 0;
     snprintf(path, sizeof path, "/proc/self/fdinfo/%d", r->uffd);
-    for (int i = 0; i < FAULT_LIMIT_MS / LOOK_AGAIN_MS; i++) {
-        unsigned pending = 0;
-        FILE *file = fopen(path, "re");
-        size_t length = file ? fread(text, 1, sizeof text - 1, file) : 0;
-        if (file)
-            fclose(file);
-        text[length] = 0;
-        const char *line = strstr(text, "pending:");
-        if (line && sscanf(line, "pending: %u", &pending) == 1 && pending >= n)
-            return 0;
-        nanosleep(&nap, NULL);
-    }
-    return -ETIMEDOUT;
+    FILE *file = fopen(path, "re");
+    size_t length = file ? fread(text, 1, sizeof text - 1, file) : 0;
+    if (file)
+        fclose(file);
+    text[length] = 0;
+    const char *line = strstr(text, "pending:");
+    return line && sscanf(line, "pending: %u", &pending) == 1 ? pending : 0;
 }
 
 /* Another process that does the deed and ends with exit status 0; it dies with this one. */

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import threading
 import time
 from collections.abc import Callable
 
@@ -18,7 +17,7 @@ from pcshare.coordinator.blocks import Block, Blocks
 from pcshare.coordinator.helpers import Helpers
 from pcshare.coordinator.options import Options
 from pcshare.errors import AccessRefused, NotWritable, PcshareError, RemoteProtocolError, VersionMismatch
-from pcshare.fds import OwnedFd
+from pcshare.fds import OwnedFd, close_aside
 from pcshare.protocol import Admin, Attach, Hello, Message, Mode, Welcome, WelcomeFlag
 from pcshare.state import State
 from pcshare.transport import Connection
@@ -68,14 +67,13 @@ class Handshake:
         except OSError:
             return self._end()
         finally:
-            for fd in fds:
-                _close(fd)
+            close_aside(*fds)
 
     def time_out(self) -> None:
         self._refuse(PcshareError(f"nothing came for {HANDSHAKE_TIMEOUT_S:g} s", errno=errno.ETIMEDOUT))
 
     def _end(self) -> bool:
-        self.connection.close()
+        self.connection.close_unread()
         return False
 
     def _refuse(self, error: PcshareError) -> bool:
@@ -155,6 +153,8 @@ class Handshake:
 
     def _attach(self, block: Block, message: Attach, uffd_fd: OwnedFd) -> bool:
         self.connection.accept_fds(False)
+        if self.connection.has_unread():  # what came before that may bring fds: not to whom serves faults
+            raise RemoteProtocolError("ATTACH: it did not wait for the answer", errno=errno.EPROTO)
         if block.state is State.END:
             self.connection.send(protocol.pack_ack(0, WelcomeFlag.COMPLETE))
             return self._end()
@@ -169,14 +169,6 @@ class Handshake:
         self._operator(order)
         self.connection.send(protocol.pack_error(0, ""))
         return self._end()
-
-
-def _close(fd: OwnedFd) -> None:
-    """What is no userfaultfd can make its closer wait (a socket that lingers, a file of FUSE): not us."""
-    if not fd.closed and os.readlink(f"/proc/self/fd/{fd.fileno()}") != "anon_inode:[userfaultfd]":
-        threading.Thread(target=fd.close, daemon=True).start()
-    else:
-        fd.close()
 
 
 def _grant(block: Block, wanted: Mode) -> Mode:

@@ -8,10 +8,10 @@ its faults with zero pages.
 from __future__ import annotations
 
 import errno
-import heapq
 import itertools
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -20,7 +20,7 @@ from pcshare import protocol
 from pcshare.coordinator.blocks import Block
 from pcshare.errors import LimitReached, PcshareError, RemoteProtocolError
 from pcshare.fault_thread import EventKind, FaultEvent, FaultThreads
-from pcshare.fds import OwnedFd
+from pcshare.fds import OwnedFd, close_aside
 from pcshare.protocol import Map
 from pcshare.status import SegmentWriter
 from pcshare.transport import Connection, PeerCredentials
@@ -63,7 +63,7 @@ class Helpers:
         self._helpers_max = helpers_max
         self._by_id: dict[int, Helper] = {}
         self._identities: set[int] = set()
-        self._free_slots = list(range(helpers_max))
+        self._free_slots = deque(range(helpers_max))  # the one that is free longest comes first
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -93,8 +93,9 @@ class Helpers:
         self, block: Block, connection: Connection, uffd: Uffd, identity: int, maps: tuple[Map, ...]
     ) -> Helper:
         credentials = connection.credentials()
-        slot = heapq.heappop(self._free_slots)
+        slot = self._free_slots.popleft()
         try:
+            self._segment.clear_helper(slot)  # a thread that was at work for the last one may have counted since
             status = self._segment.helper_slot(slot)
             status.block_index, status.pid, status.uid = block.index, credentials.pid, credentials.uid
             remote_id = self._fault_threads.add_remote(
@@ -121,6 +122,7 @@ class Helpers:
         try:
             identity = uffd.inspect(self._features)
         except PcshareError as error:
+            close_aside(uffd)
             raise RemoteProtocolError(f"ATTACH: {error.message}", errno=error.errno, hint=error.hint) from None
         if identity and identity in self._identities:
             raise RemoteProtocolError("ATTACH: this userfaultfd is registered already", errno=errno.EEXIST)
@@ -177,7 +179,7 @@ class Helpers:
 
     def _release(self, slot: int) -> None:
         self._segment.clear_helper(slot)
-        heapq.heappush(self._free_slots, slot)
+        self._free_slots.append(slot)
 
     # -- telling
 

@@ -278,7 +278,7 @@ class Server:
 
     def _drop_handshakes(self) -> None:
         for handshake in self._handshakes.values():
-            handshake.connection.close()
+            handshake.connection.close_unread()
         self._handshakes.clear()
 
     # -- events of the core

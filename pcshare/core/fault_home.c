@@ -1,26 +1,26 @@
 /* fault_home: on which CPU a helper runs, and which fault thread should therefore answer it.
  *
- * Every fault wakes the fault threads of all CPUs. The one on the CPU that faulted answers in half the time, because it
- * and the helper wake each other without an interrupt to another CPU; but one on a CPU that idles without sleeping is
- * often there first. So a thread that is not at home lets the one that is go first, for a few microseconds. Only a
- * hint: a fault is answered by whoever still finds it.
+ * The fault thread on the CPU that faulted answers in half the time, because it and the helper wake each other without
+ * an interrupt to another CPU; and waking the others as well costs again. So as long as a helper's faults come from one
+ * CPU that has a fault thread, that one alone polls its uffd; else all do. What is not polled for is never lost:
+ * polling is level-triggered, and the new home polls before the others stop.
  */
 #include "fault_internal.h"
 
 #include <fcntl.h>
-#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <unistd.h>
 
 #include "thread.h"
 
 enum {
-    HOME_LOOK_FAULTS =
-        256, /* one look at /proc in so many faults: it costs as much as a fault, so less than 1 in 100 */
-    HOME_GIVE_WAY_NS = 6000, /* from a fault to the read of its message by a thread on the same CPU: 3 to 4 us */
-    HOME_STAT_FIELD = 39,    /* "processor" in proc(5): the CPU that a thread ran on last */
+    HOME_ANYWHERE = -1,
+    HOME_LOOK_FAULTS = 256,   /* a look at /proc costs as much as a fault: one in so many */
+    HOME_LOOK_NS = 100000000, /* and one where the last is a tenth of a second ago */
+    HOME_STAT_FIELD = 39,     /* "processor" in proc(5): the CPU that a thread ran on last */
     HOME_STAT_BYTES = 1024,
 };
 
@@ -50,15 +50,7 @@ static int cpu_of(uint32_t pid, uint32_t tid)
     return stat_field(line, HOME_STAT_FIELD);
 }
 
-void home_note_fault(struct remote_fd *remote, uint32_t tid)
-{
-    uint32_t faults = __atomic_fetch_add(&remote->home_faults, 1, __ATOMIC_RELAXED);
-
-    if (faults % HOME_LOOK_FAULTS == 0 && remote->status && tid)
-        __atomic_store_n(&remote->home_cpu, cpu_of(remote->status->pid, tid), __ATOMIC_RELAXED);
-}
-
-static int is_served_at_home(const struct fault_threads *ft, int32_t cpu)
+static int is_served(const struct fault_threads *ft, int32_t cpu)
 {
     for (uint32_t i = 0; i < ft->n_workers; i++)
         if (ft->workers[i].cpu == cpu)
@@ -66,15 +58,35 @@ static int is_served_at_home(const struct fault_threads *ft, int32_t cpu)
     return 0;
 }
 
-int home_gives_way(const struct fault_worker *worker, const struct remote_fd *remote)
+/* Threads of one helper on several CPUs have no home together. */
+static int32_t home_for(const struct fault_threads *ft, const struct remote_fd *remote, uint32_t tid, int32_t cpu)
 {
-    int32_t home = __atomic_load_n(&remote->home_cpu, __ATOMIC_RELAXED);
-    struct pollfd polled = {.fd = remote->uffd, .events = POLLIN};
+    if (cpu < 0 || !is_served(ft, cpu))
+        return HOME_ANYWHERE;
+    return tid == remote->home_tid || remote->home_tid == 0 || cpu == remote->home_cpu ? cpu : HOME_ANYWHERE;
+}
 
-    if (home < 0 || worker->cpu < 0 || home == worker->cpu || !is_served_at_home(worker->ft, home))
-        return 0;
-    for (uint64_t until_ns = clock_ns() + HOME_GIVE_WAY_NS; clock_ns() < until_ns;)
-        if (poll(&polled, 1, 0) == 0)
-            return 1;
-    return 0;
+static void move_home(struct fault_threads *ft, struct remote_fd *remote, int32_t home)
+{
+    remote->home_cpu = home;
+    for (int polls = 1; polls >= 0; polls--) /* who shall poll begins before the others stop */
+        for (uint32_t i = 0; i < ft->n_workers; i++)
+            if ((home == HOME_ANYWHERE || ft->workers[i].cpu == home) == polls)
+                change_polling(&ft->workers[i], remote, polls);
+}
+
+void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid)
+{
+    uint32_t faults = __atomic_fetch_add(&remote->home_faults, 1, __ATOMIC_RELAXED);
+    uint64_t now_ns = clock_ns();
+    int due = faults % HOME_LOOK_FAULTS == 0 || now_ns - remote->home_look_ns > HOME_LOOK_NS;
+
+    if (!due || !remote->status || __atomic_exchange_n(&remote->home_moves, 1, __ATOMIC_ACQUIRE))
+        return;
+    int32_t home = tid ? home_for(ft, remote, tid, cpu_of(remote->status->pid, tid)) : HOME_ANYWHERE;
+    remote->home_tid = tid;
+    remote->home_look_ns = now_ns;
+    if (home != remote->home_cpu)
+        move_home(ft, remote, home);
+    __atomic_store_n(&remote->home_moves, 0, __ATOMIC_RELEASE);
 }

@@ -77,6 +77,8 @@ struct fault_threads {
 /* fault_thread.c */
 int start_polling(struct fault_threads *ft, struct remote_fd *remote);
 void stop_polling(struct fault_threads *ft, int fd);
+/* Whether a worker polls a remote fd's uffd that was added; without effect on one that was taken away. */
+void change_polling(struct fault_worker *worker, struct remote_fd *remote, int polls);
 void stop_polling_control(struct fault_threads *ft, struct remote_fd *remote);
 void disable_remote(struct fault_threads *ft, struct remote_fd *remote, int error, uint64_t addr);
 /* Returns when no worker holds on to what it saw before: each has been at the top of its loop. */
@@ -91,9 +93,7 @@ struct served_block *served_block_of(struct fault_threads *ft, const struct ramb
 
 /* fault_home.c */
 /* A thread of the helper has faulted and been answered: now and then looks where it runs. */
-void home_note_fault(struct remote_fd *remote, uint32_t tid);
-/* Lets the worker on the helper's own CPU go first. 1: it has taken what there was. */
-int home_gives_way(const struct fault_worker *worker, const struct remote_fd *remote);
+void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid);
 
 /* request.c */
 void request_shared_page(struct fault_threads *ft, struct fault_worker *worker, struct remote_fd *remote, uint64_t page,

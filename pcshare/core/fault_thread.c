@@ -28,6 +28,14 @@ static int poll_fd(const struct fault_worker *worker, int fd, uint64_t kind, uin
     return epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
 }
 
+void change_polling(struct fault_worker *worker, struct remote_fd *remote, int polls)
+{
+    struct epoll_event event = {.events = polls ? EPOLLIN : 0,
+                                .data.u64 = (uint64_t)POLL_UFFD << POLL_KIND_SHIFT | remote->id};
+
+    (void)epoll_ctl(worker->epoll_fd, EPOLL_CTL_MOD, remote->uffd, &event);
+}
+
 void stop_polling(struct fault_threads *ft, int fd)
 {
     for (uint32_t i = 0; fd >= 0 && i < ft->n_workers; i++)
@@ -88,15 +96,13 @@ static void handle_uffd(struct fault_worker *worker, struct remote_fd *remote, u
         disable_remote(worker->ft, remote, EBADFD, 0);
         return;
     }
-    if (home_gives_way(worker, remote))
-        return;
     int n = uffd_read(remote->uffd, messages, UFFD_READ_MAX);
     if (n < 0 && n != -EINTR)
         disable_remote(worker->ft, remote, -n, 0);
     for (int i = 0; i < n; i++)
         handle_fault_message(worker, remote, &messages[i]);
     if (n > 0)
-        home_note_fault(remote, messages[n - 1].tid);
+        home_note_fault(worker->ft, remote, messages[n - 1].tid);
 }
 
 static void dispatch(struct fault_worker *worker, const struct epoll_event *event)

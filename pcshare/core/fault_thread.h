@@ -17,9 +17,8 @@
 
 enum {
     FAULT_THREADS_MAX = 64,
-    FAULT_REQUESTS_IN_FLIGHT_MAX = 64, /* REQUESTs of one helper that are not answered yet; as many hints */
-    FAULT_DEMANDS_IN_FLIGHT_MAX =
-        4096, /* pages one helper waits for: a thread waits for one, who waits for more lies */
+    FAULT_REQUESTS_IN_FLIGHT_MAX = 64,  /* REQUESTs of one helper that are not answered yet; as many hints */
+    FAULT_DEMANDS_IN_FLIGHT_MAX = 4096, /* pages one helper waits for; who waits for more than it has threads lies */
 };
 
 enum {

@@ -30,8 +30,11 @@ struct remote_fd {
     struct ramblock *block;
     uint32_t n_maps;
     struct remote_map maps[16];
-    int32_t home_cpu;     /* where its thread that faulted last ran when somebody looked; -1: unknown */
+    int32_t home_cpu;  /* the only CPU whose fault thread polls it; -1: all do. The home_ fields are fault_home.c's */
+    uint32_t home_tid; /* who faulted when somebody looked last */
     uint32_t home_faults; /* since it was added */
+    uint64_t home_look_ns;
+    int home_moves; /* somebody is at it */
     struct status_helper *status;
     int32_t events; /* REMOTE_EVENT_* not yet told */
     int error;      /* the errno that goes with DISABLED */
