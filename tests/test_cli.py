@@ -447,7 +447,10 @@ class Terminal:
 
     def read_until(self, word: str) -> None:
         while word not in self.seen:
-            self.seen += os.read(self._ours, 1 << 16).decode(errors="replace")
+            try:
+                self.seen += os.read(self._ours, 1 << 16).decode(errors="replace")
+            except OSError:  # the program has ended
+                pytest.fail(f"{word!r} never came, but {self.seen!r}")
 
     def read_all(self) -> str:
         try:

@@ -27,7 +27,10 @@ enum {
 
 static int attach(struct scene *s, struct pcshare_attachment **ap, uint32_t mode)
 {
-    int rc = pcshare_attach(ap, s->socket_path, s->idstr, mode, RAW_ANSWER_TIMEOUT_MS, NULL, 0);
+    int rc;
+    do /* a profiler's signals interrupt it: that is the caller's business */
+        rc = pcshare_attach(ap, s->socket_path, s->idstr, mode, RAW_ANSWER_TIMEOUT_MS, NULL, 0);
+    while (rc == -EINTR);
     return rc ? scene_end(s, CANNOT, "cannot", "attach: %s", pcshare_error_text()) : 0;
 }
 
