@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -435,6 +436,9 @@ class Terminal:
 
     def __init__(self, *arguments: str) -> None:
         self._ours, theirs = pty.openpty()
+        modes = termios.tcgetattr(theirs)
+        modes[3] |= termios.NOFLSH  # else ^C also throws away what the program has written at that very moment
+        termios.tcsetattr(theirs, termios.TCSANOW, modes)
         environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "PYTHONUTF8": "1"}
         self.process = subprocess.Popen(
             [*PROGRAM, *arguments], preexec_fn=lambda: os.login_tty(theirs), env=environment, close_fds=False
@@ -484,7 +488,7 @@ def test_interrupt_of_the_terminal_reaches_the_command_once_and_the_coordinator_
 ) -> None:
     name = f"tty-{os.getpid()}"
     screen = terminal("run", "--name", name, str(source), "--", sys.executable, "-c", TELLS_SIGNALS)
-    screen.read_until("ready")
+    screen.read_until("ready\r\n")
     screen.type(b"\x03")
     screen.read_until("got SIGINT")
     assert read_status(name).alive
