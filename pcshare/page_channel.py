@@ -7,10 +7,12 @@ keeps one frees it. Reads nothing.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from pcshare.core import ffi, lib
-from pcshare.errors import SourceError
+from pcshare.errors import SourceError, check
 
 
 def _made(rc: int, channel: Any, what: str) -> Any:
@@ -40,3 +42,62 @@ def filter_channel(inner: Any, *, delay_us: int, rate: int, error_errno: int, er
 
 def free_channel(channel: Any) -> None:
     lib.page_channel_free(channel)
+
+
+@dataclass(frozen=True)
+class NbdEvent:
+    """A connection was lost: error is a positive errno, owed the number of reads it had not answered."""
+
+    connection: int
+    error: int
+    owed: int
+    text: str
+
+
+class NbdChannel:
+    """The side of an NBD page channel that supplies connections. pointer goes to whoever reads through it, once, who
+    frees it; close() lets go of it here, before or after."""
+
+    def __init__(
+        self, *, size: int, alignment: int, length_max: int, reply_timeout_ms: int, server_count: int
+    ) -> None:
+        """size in bytes; alignment and length_max of one read, bytes; server_count: how many equivalents there are."""
+        settings = ffi.new("struct nbd_settings *")
+        settings.size, settings.alignment, settings.length_max = size, alignment, length_max
+        settings.reply_timeout_ms, settings.server_count = reply_timeout_ms, server_count
+        channel = ffi.new("struct page_channel **")
+        self.pointer = _made(lib.page_channel_nbd_new(channel, settings), channel, "a page channel")
+        self._is_open = True
+
+    def connect(self, fd: int, *, demand: bool, structured: bool) -> int:
+        """Takes a connection on which nothing is outstanding; consumes fd. Returns its number in events."""
+        number = ffi.new("uint32_t *")
+        kind = lib.NBD_DEMAND if demand else lib.NBD_PRIMARY
+        check(lib.page_channel_nbd_connect(self.pointer, fd, kind, structured, number), "adding a connection")
+        return int(number[0])
+
+    def disconnect(self, error: int, text: str) -> None:
+        """Ends both connections as if they were lost."""
+        lib.page_channel_nbd_disconnect(self.pointer, error, text.encode())
+
+    def give_up(self, error: int) -> None:
+        """A positive errno: what waits for a connection fails with it; 0: it waits again."""
+        lib.page_channel_nbd_give_up(self.pointer, error)
+
+    def fileno(self) -> int:
+        """Readable when an event waits."""
+        return int(lib.page_channel_nbd_event_fd(self.pointer))
+
+    def events(self) -> Iterator[NbdEvent]:
+        """The events that wait."""
+        event = ffi.new("struct nbd_event *")
+        while lib.page_channel_nbd_next_event(self.pointer, event):
+            text = ffi.string(event.text).decode(errors="replace")
+            yield NbdEvent(event.connection, event.error, event.n_owed, text)
+
+    def close(self) -> None:
+        """Nothing is wanted any more; the servers are told. Twice is fine."""
+        if self._is_open:
+            self._is_open = False
+            lib.page_channel_nbd_end(self.pointer)
+            lib.page_channel_nbd_release(self.pointer)

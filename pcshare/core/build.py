@@ -25,6 +25,7 @@ HEADERS = (
     "keeper.h",
     "ramblock.h",
     "page_channel.h",
+    "page_channel_nbd.h",
     "remote_fd.h",
     "fault_thread.h",
     "helper.h",

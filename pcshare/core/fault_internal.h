@@ -32,6 +32,7 @@ struct served_block {
     int gaps_told;
     uint64_t foreign_told;
     uint64_t progress_told;
+    uint64_t stream_cursor; /* the stream's: the page where its background goes on; under its lock */
     /* Events not yet told; under events_lock. */
     uint32_t events;
     int error;
@@ -77,6 +78,8 @@ struct fault_threads {
 /* fault_thread.c */
 int start_polling(struct fault_threads *ft, struct remote_fd *remote);
 void stop_polling(struct fault_threads *ft, int fd);
+/* Every worker polls the block's channel, if it has something to poll. */
+int start_polling_channel(struct fault_threads *ft, struct served_block *served);
 /* Whether a worker polls a remote fd's uffd that was added; without effect on one that was taken away. */
 void change_polling(struct fault_worker *worker, struct remote_fd *remote, int polls);
 void stop_polling_control(struct fault_threads *ft, struct remote_fd *remote);

@@ -179,6 +179,11 @@ int fault_threads_add_block(struct fault_threads *ft, struct ramblock *block, st
         return refuse_block(block, channel, rc);
     }
     __atomic_store_n(&ft->blocks[block->index], served, __ATOMIC_RELEASE); /* the stream may take it up from here on */
+    rc = start_polling_channel(ft, served);
+    if (rc < 0) {
+        (void)fault_threads_remove_block(ft, block->index);
+        return rc;
+    }
     trace_point(TRACE_BLOCK_ADD, block->index, 0, 0, block->page_count);
     if (block->missing_pages == 0) { /* nothing but holes */
         served->complete = 1;
@@ -206,6 +211,8 @@ int fault_threads_remove_block(struct fault_threads *ft, uint32_t block_index)
     fault_threads_remove_remote(ft, served->own_remote_id);
     __atomic_store_n(&served->paused, 1, __ATOMIC_RELEASE);
     stream_wait_submitted(ft);
+    if (served->channel)
+        stop_polling(ft, page_channel_poll_fd(served->channel));
     wait_for_workers(ft);
     if (served->channel)
         page_channel_free(served->channel);

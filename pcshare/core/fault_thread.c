@@ -15,8 +15,8 @@
 #include "trace.h"
 #include "uffd.h"
 
-/* What an epoll event is about; the low half of its data is a remote fd's id. */
-enum { POLL_QUIT = 0, POLL_UFFD = 1, POLL_CONTROL = 2 };
+/* What an epoll event is about; the low half of its data is a remote fd's id, or the index of a channel's block. */
+enum { POLL_QUIT = 0, POLL_UFFD = 1, POLL_CONTROL = 2, POLL_CHANNEL = 3 };
 enum { POLL_KIND_SHIFT = 32 };
 
 /* ---- polling ---- */
@@ -56,6 +56,15 @@ int start_polling(struct fault_threads *ft, struct remote_fd *remote)
         rc = poll_fd(&ft->workers[0], remote->control, POLL_CONTROL, remote->id);
     for (uint32_t i = 0; rc == 0 && i < ft->n_workers; i++)
         rc = poll_fd(&ft->workers[i], remote->uffd, POLL_UFFD, remote->id);
+    return rc;
+}
+
+int start_polling_channel(struct fault_threads *ft, struct served_block *served)
+{
+    int fd = page_channel_poll_fd(served->channel), rc = 0;
+
+    for (uint32_t i = 0; fd >= 0 && rc == 0 && i < ft->n_workers; i++)
+        rc = poll_fd(&ft->workers[i], fd, POLL_CHANNEL, served->block->index);
     return rc;
 }
 
@@ -105,12 +114,24 @@ static void handle_uffd(struct fault_worker *worker, struct remote_fd *remote, u
         home_note_fault(worker->ft, remote, messages[n - 1].tid);
 }
 
+static void handle_channel(struct fault_threads *ft, uint32_t block_index)
+{
+    struct served_block *served = __atomic_load_n(&ft->blocks[block_index], __ATOMIC_ACQUIRE);
+
+    if (served)
+        page_channel_dispatch(served->channel);
+}
+
 static void dispatch(struct fault_worker *worker, const struct epoll_event *event)
 {
     uint64_t kind = event->data.u64 >> POLL_KIND_SHIFT;
 
     if (kind == POLL_QUIT)
         return;
+    if (kind == POLL_CHANNEL) {
+        handle_channel(worker->ft, (uint32_t)event->data.u64);
+        return;
+    }
     struct remote_fd *remote = remote_by_id(worker->ft, (uint32_t)event->data.u64);
     if (!remote)
         return;
@@ -236,6 +257,9 @@ static int poll_existing(struct fault_threads *ft)
     for (uint32_t slot = 0; slot < REMOTES_MAX && rc == 0; slot++)
         if (ft->remotes[slot])
             rc = start_polling(ft, ft->remotes[slot]);
+    for (uint32_t i = 0; i < STATUS_BLOCKS_MAX && rc == 0; i++)
+        if (ft->blocks[i])
+            rc = start_polling_channel(ft, ft->blocks[i]);
     return rc;
 }
 

@@ -16,6 +16,16 @@ void page_channel_submit(struct page_channel *channel, struct page_request *requ
     channel->ops->submit(channel, request);
 }
 
+int page_channel_poll_fd(struct page_channel *channel)
+{
+    return channel->ops->poll_fd ? channel->ops->poll_fd(channel) : PAGE_CHANNEL_POLL_NONE;
+}
+
+void page_channel_dispatch(struct page_channel *channel)
+{
+    channel->ops->dispatch(channel);
+}
+
 void page_channel_free(struct page_channel *channel)
 {
     if (channel)
@@ -51,6 +61,7 @@ int page_channel_zero_new(struct page_channel **channelp)
     *channelp = malloc(sizeof(**channelp));
     if (!*channelp)
         return -ENOMEM;
-    (*channelp)->ops = &zero_ops;
+    **channelp = (struct page_channel){
+        .ops = &zero_ops, .stream_piece_bytes = PAGE_CHANNEL_PIECE_BYTES, .stream_piece_count = PAGE_CHANNEL_PIECES};
     return 0;
 }

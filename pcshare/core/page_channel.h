@@ -32,15 +32,28 @@ struct page_request {
 
 struct page_channel;
 
+enum {
+    PAGE_CHANNEL_POLL_NONE = -1, /* the channel's own threads do it all */
+    PAGE_CHANNEL_PIECE_BYTES = 1 << 20,
+    PAGE_CHANNEL_PIECES = 4,
+};
+
 struct page_channel_ops {
     /* Reads without ever waiting, or says that it would have to. */
     int (*read_now)(struct page_channel *channel, void *bytes, uint64_t length, uint64_t offset);
     void (*submit)(struct page_channel *channel, struct page_request *request);
     void (*free)(struct page_channel *channel);
+    /* Both may be NULL. An fd of the channel's that is readable when something is to be done, for as long as it lives;
+     * and the doing, which waits for nothing and may be called by several threads. */
+    int (*poll_fd)(struct page_channel *channel);
+    void (*dispatch)(struct page_channel *channel);
 };
 
 struct page_channel {
     const struct page_channel_ops *ops;
+    /* What the stream is to ask for at a time, bytes, and how many of these at once. */
+    uint32_t stream_piece_bytes;
+    uint32_t stream_piece_count;
 };
 
 /* A local file. fd is consumed, also on failure; size is what it held at the start: where the file is shorter today,
@@ -56,6 +69,8 @@ int page_channel_filter_new(struct page_channel **channelp, struct page_channel 
 
 int page_channel_read_now(struct page_channel *channel, void *bytes, uint64_t length, uint64_t offset);
 void page_channel_submit(struct page_channel *channel, struct page_request *request);
+int page_channel_poll_fd(struct page_channel *channel);
+void page_channel_dispatch(struct page_channel *channel);
 /* Waits for what is in flight, then frees. */
 void page_channel_free(struct page_channel *channel);
 

@@ -140,6 +140,16 @@ static void filter_submit(struct page_channel *channel, struct page_request *req
         request->done(request, -ECANCELED);
 }
 
+static int filter_poll_fd(struct page_channel *channel)
+{
+    return page_channel_poll_fd(((struct filter_channel *)channel)->inner);
+}
+
+static void filter_dispatch(struct page_channel *channel)
+{
+    page_channel_dispatch(((struct filter_channel *)channel)->inner);
+}
+
 static void filter_deinit(struct filter_channel *c)
 {
     pthread_cond_destroy(&c->changed);
@@ -175,6 +185,8 @@ static const struct page_channel_ops filter_ops = {
     .read_now = filter_read_now,
     .submit = filter_submit,
     .free = filter_free,
+    .poll_fd = filter_poll_fd,
+    .dispatch = filter_dispatch,
 };
 
 static void condition_init(pthread_cond_t *condition)
@@ -198,6 +210,7 @@ int page_channel_filter_new(struct page_channel **channelp, struct page_channel 
         page_channel_free(inner);
         return -ENOMEM;
     }
+    c->channel = *inner;
     c->channel.ops = &filter_ops;
     c->inner = inner;
     c->delay_ns = delay_us * NS_PER_US;

@@ -80,9 +80,9 @@ void stream_follow(struct fault_threads *ft, const struct ramblock *block, uint6
     __atomic_store_n(&ft->stream.hint, hint, __ATOMIC_RELAXED);
 }
 
-static int pieces_of_block(const struct stream *s, const struct ramblock *block)
+static uint32_t pieces_of_block(const struct stream *s, const struct ramblock *block)
 {
-    int n = 0;
+    uint32_t n = 0;
 
     for (uint32_t i = 0; i < STREAM_WINDOW; i++)
         n += s->pieces[i].block == block;
@@ -103,18 +103,21 @@ void stream_drop_block(struct fault_threads *ft, const struct ramblock *block)
 
 /* ---- what to ask for next ---- */
 
-static uint64_t pages_of_piece(const struct stream *s, const struct ramblock *block, int background)
+static uint64_t pages_of_piece(struct fault_threads *ft, const struct ramblock *block, int background)
 {
-    uint64_t bytes = STREAM_PIECE_BYTES;
+    const struct stream *s = &ft->stream;
+    uint64_t bytes = served_block_of(ft, block)->channel->stream_piece_bytes;
 
     if (background && s->mode == STATUS_STREAM_RATE && s->rate / STREAM_RATE_PIECES < bytes)
         bytes = s->rate / STREAM_RATE_PIECES;
     return bytes > block->page_size ? bytes / block->page_size : 1;
 }
 
-static int is_paused(struct fault_threads *ft, const struct ramblock *block)
+/* Whether nothing is to be asked of the block's source now: it is paused, or has as much to do as it takes at once. */
+static int is_busy(struct fault_threads *ft, const struct served_block *served)
 {
-    return __atomic_load_n(&served_block_of(ft, block)->paused, __ATOMIC_ACQUIRE);
+    return __atomic_load_n(&served->paused, __ATOMIC_ACQUIRE) ||
+           pieces_of_block(&ft->stream, served->block) >= served->channel->stream_piece_count;
 }
 
 /* Hints that are under way to their end leave the list; the caller ends them. */
@@ -125,10 +128,10 @@ static int claim_for_range(struct fault_threads *ft, struct stream_piece *piece,
 
     while (*rangep) {
         struct stream_range *range = *rangep;
-        uint64_t most = range->piece_pages_max ? range->piece_pages_max : pages_of_piece(s, range->block, 0);
         uint64_t n = 0, first = 0;
 
-        if (!is_paused(ft, range->block) && range->issue < range->end) {
+        if (!is_busy(ft, served_block_of(ft, range->block)) && range->issue < range->end) {
+            uint64_t most = range->piece_pages_max ? range->piece_pages_max : pages_of_piece(ft, range->block, 0);
             n = ramblock_claim_missing(range->block, range->issue, range->end, most, &first);
             range->issue = n ? first + n : range->end;
         }
@@ -151,25 +154,29 @@ static int claim_for_range(struct fault_threads *ft, struct stream_piece *piece,
     return NOTHING_TO_ASK;
 }
 
-static void take_hint(struct stream *s)
+static void take_hint(struct fault_threads *ft)
 {
+    struct stream *s = &ft->stream;
     uint64_t hint = __atomic_exchange_n(&s->hint, 0, __ATOMIC_RELAXED);
 
-    if (hint) {
-        s->block_index = (uint32_t)((hint - 1) >> HINT_BLOCK_SHIFT);
-        s->cursor = ((hint - 1) & ((1ull << HINT_BLOCK_SHIFT) - 1)) + 1; /* that page itself is under way */
-    }
+    if (!hint)
+        return;
+    s->block_index = (uint32_t)((hint - 1) >> HINT_BLOCK_SHIFT);
+    if (ft->blocks[s->block_index]) /* that page itself is under way */
+        ft->blocks[s->block_index]->stream_cursor = ((hint - 1) & ((1ull << HINT_BLOCK_SHIFT) - 1)) + 1;
 }
 
 /* After the cursor, then from the start of the same block. */
-static uint64_t claim_in_block(struct stream *s, struct ramblock *block, uint64_t *firstp)
+static uint64_t claim_in_block(struct fault_threads *ft, struct served_block *served, uint64_t *firstp)
 {
-    uint64_t most = pages_of_piece(s, block, 1);
-    uint64_t n = ramblock_claim_missing(block, s->cursor, block->page_count, most, firstp);
+    struct ramblock *block = served->block;
+    uint64_t most = pages_of_piece(ft, block, 1), from = served->stream_cursor;
+    uint64_t n = ramblock_claim_missing(block, from, block->page_count, most, firstp);
 
-    if (!n && s->cursor)
-        n = ramblock_claim_missing(block, 0, s->cursor < block->page_count ? s->cursor : block->page_count, most,
-                                   firstp);
+    if (!n && from)
+        n = ramblock_claim_missing(block, 0, from < block->page_count ? from : block->page_count, most, firstp);
+    if (n)
+        served->stream_cursor = *firstp + n;
     return n;
 }
 
@@ -186,16 +193,15 @@ static int claim_for_background(struct fault_threads *ft, struct stream_piece *p
 {
     struct stream *s = &ft->stream;
 
-    take_hint(s);
+    take_hint(ft);
     for (uint32_t i = 0; i < STATUS_BLOCKS_MAX; i++) {
         struct served_block *served = ft->blocks[s->block_index];
         uint64_t first = 0, n = 0;
 
         int complete = !served || __atomic_load_n(&served->complete, __ATOMIC_ACQUIRE);
-        if (!complete && !__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE))
-            n = claim_in_block(s, served->block, &first);
+        if (!complete && !is_busy(ft, served))
+            n = claim_in_block(ft, served, &first);
         if (n) {
-            s->cursor = first + n;
             piece->block = served->block;
             piece->request.page = first;
             piece->request.n_pages = n;
@@ -206,7 +212,6 @@ static int claim_for_background(struct fault_threads *ft, struct stream_piece *p
         if (!complete)
             tell_gaps(ft, served);
         s->block_index = (s->block_index + 1) % STATUS_BLOCKS_MAX;
-        s->cursor = 0;
     }
     return NOTHING_TO_ASK;
 }

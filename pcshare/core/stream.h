@@ -15,9 +15,8 @@
 #include "remote_fd.h"
 
 enum {
-    STREAM_PIECE_BYTES = 1 << 20,
     STREAM_BUFFER_BYTES = 2 << 20, /* a piece, or one page of the largest size */
-    STREAM_WINDOW = 4,             /* pieces in flight */
+    STREAM_WINDOW = 16,            /* pieces in flight, of all blocks; a channel says how many of one */
     STREAM_WINDOW_DEMAND = 1,      /* while somebody waits in a fault */
     STREAM_RATE_PIECES = 50,       /* under a rate limit a piece is this part of a second's bytes at most */
 };
@@ -47,7 +46,6 @@ struct stream {
     uint64_t next_allowed_ns;
     uint64_t hint;        /* written by fault threads: block and page last demanded, plus 1; 0: none */
     uint32_t block_index; /* where the background goes on */
-    uint64_t cursor;
     uint32_t in_flight;
     int submitting; /* outside the lock, on the way to a channel */
     struct stream_piece pieces[STREAM_WINDOW];
