@@ -40,6 +40,26 @@ def filter_channel(inner: Any, *, delay_us: int, rate: int, error_errno: int, er
     return _made(rc, channel, "the filters")
 
 
+@dataclass(frozen=True)
+class ChannelFigures:
+    """What a channel took. error is a positive errno where a read failed, and the rest was then not tried."""
+
+    round_trips_us: tuple[float, ...]  # of one page each, one after the other
+    stream_bytes: int  # in large pieces, several at once
+    stream_s: float
+    error: int
+    error_offset: int
+
+
+def measure_channel(channel: Any, size: int, *, duration_s: float, timeout_s: float) -> ChannelFigures:
+    """Reads pages from all over a source of size bytes, then for duration_s from its start. Consumes the channel."""
+    report = ffi.new("struct channel_meter_report *")
+    rc = lib.channel_meter_run(channel, size, round(duration_s * 1000), round(timeout_s * 1000), report)
+    check(rc, "measuring a source")
+    trips = tuple(report.round_trip_ns[i] / 1000 for i in range(report.n_round_trips))
+    return ChannelFigures(trips, report.stream_bytes, report.stream_ns / 1e9, report.error, report.error_offset)
+
+
 def free_channel(channel: Any) -> None:
     lib.page_channel_free(channel)
 

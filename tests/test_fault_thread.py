@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import random
 import re
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,7 @@ from support_serving import EAGER, LAZY, PAGE, WAIT_S, is_readable, make_file, p
 
 N_PAGES = 64
 LENGTH = N_PAGES * PAGE - 100
+SYS_SCHED_GETATTR, SCHED_ATTR_BYTES = 315, 48  # of x86-64; of the structure's first version
 THREAD_ID = lib.UFFD_FEATURE_BIT_THREAD_ID
 
 
@@ -177,6 +180,26 @@ def test_threads_of_the_core_take_no_signals(rig: Rig) -> None:
         blocked = re.search(r"SigBlk:\s+([0-9a-f]+)", text)
         assert blocked is not None
         assert int(blocked[1], 16) & 0x7FFFFFFF == 0x7FFFFFFF & ~(1 << 8 | 1 << 18)  # all but KILL and STOP
+
+
+def slice_ns(tid: int) -> int:
+    """What sched_getattr(2) says of a thread's slice; 0 before Linux 6.12."""
+    attributes = ctypes.create_string_buffer(SCHED_ATTR_BYTES)
+    assert ctypes.CDLL(None).syscall(SYS_SCHED_GETATTR, tid, attributes, SCHED_ATTR_BYTES, 0) == 0
+    return int(struct.unpack_from("=IIQiIQ", attributes.raw)[5])
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="knows the system call's number on x86-64 only")
+def test_fault_threads_go_before_the_stream(rig: Rig) -> None:
+    """Whoever waits in a fault must not wait for the end of the stream's turn on its CPU."""
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    rig.threads.start([0, -1])
+    (stream,) = core_threads("pcshare-stream")
+    wait_until(lambda: os.getpriority(os.PRIO_PROCESS, stream) == min(ours + 5, 19), "the stream to step back")
+    for tid in core_threads():
+        assert os.getpriority(os.PRIO_PROCESS, tid) == ours
+        if slice_ns(threading.get_native_id()):
+            assert slice_ns(tid) == 100_000 < slice_ns(threading.get_native_id())
 
 
 # ---- faults ----

@@ -26,6 +26,7 @@ HEADERS = (
     "ramblock.h",
     "page_channel.h",
     "page_channel_nbd.h",
+    "channel_meter.h",
     "remote_fd.h",
     "fault_thread.h",
     "helper.h",

@@ -167,6 +167,7 @@ static void *worker_run(void *argument)
     struct fault_threads *ft = worker->ft;
     struct epoll_event events[EPOLL_EVENTS_MAX];
 
+    thread_be_prompt();
     trace_point(TRACE_THREAD_START, 0, worker->number, 0, (uint64_t)(int64_t)worker->cpu);
     for (;;) {
         pass_by(worker);

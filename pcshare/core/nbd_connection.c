@@ -402,6 +402,8 @@ static int chunk(struct nbd_connection *connection, pthread_mutex_t *lock, struc
         return garbled(connection, lock, "a reply to nothing that was asked");
     connection->input_start += CHUNK_LENGTH;
     connection->ends_reply = flags & NBD_CHUNK_DONE;
+    if (type == NBD_CHUNK_NONE && !connection->ends_reply)
+        return garbled(connection, lock, "a part of a reply that brings nothing and ends nothing");
     if (type == NBD_CHUNK_NONE)
         return end_chunk(connection, lock, read, readp);
     if (type == NBD_CHUNK_OFFSET_HOLE)
@@ -485,6 +487,13 @@ static int fill_input(struct nbd_connection *connection, pthread_mutex_t *lock, 
         return (int)n;
     connection->input_end += (uint32_t)n;
     return NBD_RECEIVED_SOME;
+}
+
+int nbd_connection_has_input(const struct nbd_connection *connection)
+{
+    if (connection->fill_left)
+        return buffered_length(connection) > 0;
+    return message_length(connection) <= (int64_t)buffered_length(connection);
 }
 
 int nbd_connection_receive(struct nbd_connection *connection, pthread_mutex_t *lock, struct nbd_read **readp)

@@ -96,5 +96,7 @@ void nbd_connection_send(struct nbd_connection *connection, pthread_mutex_t *loc
 /* By who has the right to receive, without the lock; takes it for short. One step: NBD_RECEIVED_*; a negative errno: it
  * is lost, and spoiled. */
 int nbd_connection_receive(struct nbd_connection *connection, pthread_mutex_t *lock, struct nbd_read **readp);
+/* Likewise: whether a step can be made with what was received before. */
+int nbd_connection_has_input(const struct nbd_connection *connection);
 
 #endif

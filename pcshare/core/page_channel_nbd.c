@@ -266,6 +266,8 @@ static void drop_connection(struct nbd_channel *c, struct nbd_connection *connec
     (void)shutdown(connection->fd, SHUT_RDWR);
     tell(c, connection, take_back(c, connection, overp));
     put_connection(connection);
+    if (c->given_up && !is_served(c)) /* that was said before anybody could drop it */
+        fail_queued(c, -c->given_up, overp);
 }
 
 /* Spoiled ones that nobody receives from go at once; else whoever receives drops it when he is through. */
@@ -293,12 +295,15 @@ static struct nbd_connection *connection_for(const struct nbd_channel *c, int is
     return c->connections[NBD_PRIMARY];
 }
 
-static void ask_queued(struct read_queue *queue, struct nbd_connection *connection, uint32_t in_flight_max)
+/* How many were asked. */
+static uint32_t ask_queued(struct read_queue *queue, struct nbd_connection *connection, uint32_t in_flight_max)
 {
     uint64_t now_ns = queue->head ? clock_ns() : 0;
+    uint32_t count = 0;
 
-    while (queue->head && nbd_connection_has_room(connection) && connection->n_in_flight < in_flight_max)
+    for (; queue->head && nbd_connection_has_room(connection) && connection->n_in_flight < in_flight_max; count++)
         nbd_connection_ask(connection, queue_pop(queue), now_ns);
+    return count;
 }
 
 /* 1: it was lost, and what it owed waits again. */
@@ -311,36 +316,39 @@ static int send_output(struct nbd_channel *c, struct nbd_connection *connection,
     connection->users++;
     nbd_connection_send(connection, &c->lock);
     if (c->connections[connection->kind] == connection && !connection->receiving) {
+        if (connection->blocked && !connection->error)
+            arm(c, connection, EPOLL_CTL_MOD);
         lost = connection->error != 0;
         if (lost)
             drop_connection(c, connection, overp);
-        else if (connection->blocked)
-            arm(c, connection, EPOLL_CTL_MOD);
     }
     put_connection(connection);
     return lost;
 }
 
-static void ask(struct nbd_channel *c)
+static uint32_t ask(struct nbd_channel *c)
 {
     struct nbd_connection *for_demands = connection_for(c, 1), *for_streams = connection_for(c, 0);
+    uint32_t count = 0;
 
     if (for_demands)
-        ask_queued(&c->demands, for_demands, NBD_IN_FLIGHT_MAX);
+        count += ask_queued(&c->demands, for_demands, NBD_IN_FLIGHT_MAX);
     if (for_streams)
-        ask_queued(&c->streams, for_streams, NBD_STREAM_IN_FLIGHT_MAX);
+        count += ask_queued(&c->streams, for_streams, NBD_STREAM_IN_FLIGHT_MAX);
+    return count;
 }
 
-/* Asks for what waits, as far as connections take it: demands first. */
+/* Asks for what waits, as far as connections take it: demands first. It looks again after it has sent: meanwhile all
+ * may have been answered by a thread that found the output full, and then nobody else would. */
 static void pump(struct nbd_channel *c, struct nbd_job **overp)
 {
     int lost;
 
+    (void)ask(c);
     do {
-        ask(c);
         lost = send_output(c, c->connections[NBD_DEMAND], overp);
         lost |= send_output(c, c->connections[NBD_PRIMARY], overp);
-    } while (lost);
+    } while (ask(c) || lost);
 }
 
 /* ---- receiving ---- */
@@ -387,9 +395,10 @@ static int may_have_more(struct nbd_channel *c, const struct nbd_connection *con
     return more;
 }
 
+/* What was read ahead is used up in any case: its epoll knows nothing of it. */
 static void receive_replies(struct nbd_channel *c, struct nbd_connection *connection)
 {
-    for (int i = 0; i < NBD_RECEIVE_CALLS_MAX; i++) {
+    for (int i = 0; i < NBD_RECEIVE_CALLS_MAX || nbd_connection_has_input(connection); i++) {
         struct nbd_read *read = NULL;
         int rc = nbd_connection_receive(connection, &c->lock, &read);
 
@@ -460,25 +469,32 @@ static uint64_t oldest_ns(const struct nbd_connection *connection, uint64_t now_
     return oldest;
 }
 
-static void check_clock(struct nbd_channel *c)
+static void check_connection(struct nbd_channel *c, struct nbd_connection *connection, struct nbd_job **overp)
 {
     uint64_t timeout_ns = c->settings.reply_timeout_ms * ns_per_ms, now_ns = clock_ns();
+    uint64_t heard_ns = __atomic_load_n(&connection->heard_ns, __ATOMIC_RELAXED);
+    uint64_t asked_ns = oldest_ns(connection, now_ns);
+    char text[NBD_EVENT_TEXT_MAX];
+
+    if (heard_ns + timeout_ns <= now_ns)
+        snprintf(text, sizeof(text), "the server owes %u replies and was silent for %.1f s", connection->n_in_flight,
+                 (double)(now_ns - heard_ns) / 1e9);
+    else if (asked_ns + NBD_PATIENCE * timeout_ns <= now_ns)
+        snprintf(text, sizeof(text), "the server has left a read without its reply for %.1f s",
+                 (double)(now_ns - asked_ns) / 1e9);
+    else
+        return;
+    lose_connection(c, connection, ETIMEDOUT, text, overp);
+}
+
+static void check_clock(struct nbd_channel *c)
+{
     struct nbd_job *over = NULL;
 
     pthread_mutex_lock(&c->lock);
-    for (uint32_t kind = 0; kind < NBD_KINDS; kind++) {
-        struct nbd_connection *connection = c->connections[kind];
-        char text[NBD_EVENT_TEXT_MAX];
-
-        if (!connection || !connection->n_in_flight)
-            continue;
-        uint64_t heard_ns = __atomic_load_n(&connection->heard_ns, __ATOMIC_RELAXED);
-        if (heard_ns + timeout_ns > now_ns && oldest_ns(connection, now_ns) + NBD_PATIENCE * timeout_ns > now_ns)
-            continue;
-        snprintf(text, sizeof(text), "the server owes %u replies and was silent for %.1f s", connection->n_in_flight,
-                 (double)(now_ns - heard_ns) / 1e9);
-        lose_connection(c, connection, ETIMEDOUT, text, &over);
-    }
+    for (uint32_t kind = 0; kind < NBD_KINDS; kind++)
+        if (c->connections[kind] && c->connections[kind]->n_in_flight)
+            check_connection(c, c->connections[kind], &over);
     pump(c, &over);
     pthread_mutex_unlock(&c->lock);
     end_jobs(over);
@@ -498,6 +514,7 @@ static void *channel_run(void *argument)
     int tick_ms = (int)(c->settings.reply_timeout_ms / NBD_TICKS) + 1;
     uint64_t checked_ns = clock_ns();
 
+    thread_step_back();
     while (!__atomic_load_n(&c->stopping, __ATOMIC_ACQUIRE)) {
         struct epoll_event events[NBD_EPOLL_EVENTS];
         int n = epoll_wait(c->epoll_fds[NBD_PRIMARY], events, NBD_EPOLL_EVENTS, tick_ms);
@@ -635,8 +652,9 @@ static int open_fds(struct nbd_channel *c)
 
 static int is_usable(const struct nbd_settings *settings)
 {
-    return settings->size && settings->alignment && !(settings->alignment & (settings->alignment - 1)) &&
-           settings->length_max >= settings->alignment && settings->reply_timeout_ms && settings->server_count;
+    return settings->size && settings->size <= INT64_MAX && settings->alignment &&
+           !(settings->alignment & (settings->alignment - 1)) && settings->length_max >= settings->alignment &&
+           settings->reply_timeout_ms && settings->server_count;
 }
 
 int page_channel_nbd_new(struct page_channel **channelp, const struct nbd_settings *settings)

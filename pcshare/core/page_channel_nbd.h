@@ -37,7 +37,8 @@ struct nbd_event {
     char text[NBD_EVENT_TEXT_MAX]; /* what happened, without the name of the server */
 };
 
-/* -EINVAL: a setting is zero, or alignment is no power of two or larger than length_max. */
+/* -EINVAL: a setting is zero, size is beyond what a file can have, or alignment is no power of two or larger than
+ * length_max. */
 int page_channel_nbd_new(struct page_channel **channelp, const struct nbd_settings *settings);
 /* Lets go of the second count; no other call here after it. */
 void page_channel_nbd_release(struct page_channel *channel);

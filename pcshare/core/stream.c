@@ -408,6 +408,7 @@ static void *stream_run(void *argument)
     struct fault_threads *ft = argument;
     struct stream *s = &ft->stream;
 
+    thread_step_back();
     pthread_mutex_lock(&s->lock);
     while (!s->quit || s->in_flight) {
         struct stream_piece *piece = s->completed;
