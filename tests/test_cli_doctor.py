@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,3 +111,73 @@ def test_doctor_as_an_unprivileged_user_tells_what_he_gets() -> None:
     assert told["access"]["this_user"] == (probe.FULL if served["state"] == "ok" else probe.USER_MODE)
     if served["state"] == "warn":
         assert "vm.unprivileged_userfaultfd=1" in served["mend"]
+
+
+# -- sources
+
+
+@pytest.fixture
+def data_file(tmp_path: Path, rng: random.Random) -> Path:
+    """3 MiB and a bit, with a hole of 1 MiB."""
+    path = tmp_path / "data.bin"
+    with path.open("wb") as file:
+        file.write(rng.randbytes(1 << 20))
+        file.seek(2 << 20)
+        file.write(rng.randbytes((1 << 20) + 5))
+    return path
+
+
+def test_source_is_measured_and_its_holes_are_told(data_file: Path) -> None:
+    done = _doctor("--json", str(data_file))
+    assert (done.returncode, done.stderr) == (0, "")
+    (told,) = _object(done.stdout)["sources"]
+    assert told["ok"] is True
+    assert (told["kind"], told["used_length"], told["data_length"]) == ("file", (3 << 20) + 5, (2 << 20) + 5)
+    assert 0 < told["round_trip_us"] <= told["round_trip_us_max"]
+    assert told["throughput"] > 0
+
+
+def test_delay_of_a_source_is_found(data_file: Path) -> None:
+    (told,) = _object(_doctor("--json", f"{data_file}#delay=20ms").stdout)["sources"]
+    assert told["round_trip_us"] >= 20_000
+
+
+def test_server_is_examined_with_what_it_offers(data_file: Path) -> None:
+    source = f"exec:nbdkit -s --filter=blocksize-policy file {data_file} blocksize-preferred=64k blocksize-maximum=1M"
+    done = _doctor("--json", source)
+    (told,) = _object(done.stdout)["sources"]
+    assert told["ok"] is True, done
+    assert told["used_length"] == (3 << 20) + 5
+    assert told["facts"]["server"] == source
+    assert told["facts"]["largest read"] == "1048576 bytes"
+    shown = _doctor(source).stdout
+    assert "65536 preferred" in shown
+    assert "the rest comes at" in shown
+
+
+def test_source_that_cannot_be_read_is_told_with_the_others(data_file: Path, tmp_path: Path) -> None:
+    fails = tmp_path / "fails"
+    fails.touch()
+    sources = (str(data_file), str(tmp_path / "nothing.bin"), f"{data_file}#error=EIO@{fails}")
+    done = _doctor("--json", *sources)
+    assert done.returncode == 1
+    told = _object(done.stdout)
+    assert (told["ok"], [one["ok"] for one in told["sources"]]) == (False, [True, False, False])
+    assert "nothing.bin: No such file" in told["sources"][1]["error"]
+    assert "reading at offset 0: Input/output error" in told["sources"][2]["error"]
+    shown = _doctor(*sources)
+    assert shown.returncode == 1
+    assert [line.split()[0] for line in shown.stdout.splitlines() if line[0] != " "] == ["ok", "bad", "bad"]
+
+
+def test_source_that_makes_no_sense_is_wrong_usage() -> None:
+    assert _doctor("nbd://").returncode == 2
+
+
+def test_server_that_is_silent_after_the_handshake_is_given_up(data_file: Path) -> None:
+    """It answers the head of the file and its holes, and from then on nothing in time."""
+    source = f"exec:nbdkit -s --filter=delay file {data_file} delay-read=2s#timeout=200ms"
+    begin = time.monotonic()
+    done = _doctor("--json", source)
+    assert done.returncode == 1
+    assert time.monotonic() - begin < 20

@@ -14,8 +14,22 @@ import pytest
 
 from pcshare.errors import UsageError
 from pcshare.sources import FilterSpec, SourceSpec, open_source, parse_argument, parse_arguments
-from pcshare.sources.filters import DELAY_US_MAX, RESERVED_ERRORS
-from pcshare.sources.grammar import BLOCK_NAME, BLOCK_NAME_MAX, KNOWN_SCHEMES, SOURCE_LENGTH_MAX
+from pcshare.sources.command import command_of
+from pcshare.sources.filters import DELAY_US_MAX, RESERVED_ERRORS, TIMEOUT_MS_MAX
+from pcshare.sources.grammar import (
+    BLOCK_NAME,
+    BLOCK_NAME_MAX,
+    EQUIVALENTS_MAX,
+    KNOWN_SCHEMES,
+    OBJECT_SCHEME,
+    SOURCE_LENGTH_MAX,
+    ExecTarget,
+    ObjectTarget,
+    SshTarget,
+    Target,
+    TcpTarget,
+    UnixTarget,
+)
 
 NO_FILTERS = FilterSpec()
 
@@ -133,7 +147,7 @@ def test_refusal_says_what_is_wrong(text: str, message: str) -> None:
         parse_argument(text)
 
 
-@pytest.mark.parametrize("text", ["a#delay=2x", "zero:many", "file:%zz", "a,b", "nbd://h/e", "data=", "a#x=1"])
+@pytest.mark.parametrize("text", ["a#delay=2x", "zero:many", "file:%zz", "a,b", "nbd:h", "data=", "a#x=1", "exec:"])
 def test_refusal_has_a_cure(text: str) -> None:
     with pytest.raises(UsageError) as refusal:
         parse_argument(text)
@@ -142,21 +156,19 @@ def test_refusal_has_a_cure(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "nbd://host/e",
-        "w=nbd://host/e",
-        "exec:cat x",
-        "s3://bucket/key",
-        "https://host/x",
-        "host:x",
-        "me@host:x",
-        "big:#delay=2ms",
-    ],
+    ["big:#delay=2ms", "a b:c", "gr\u00f6\u00dfe:x", "-oProxyCommand:x", "-x@host:p", "qemu+tcp://h:1", "nbds://h/x"],
 )
 def test_unknown_scheme_names_the_known_ones(text: str) -> None:
     with pytest.raises(UsageError, match="unknown kind of source") as refusal:
         parse_argument(text)
-    assert all(f"{scheme}:" in str(refusal.value) for scheme in KNOWN_SCHEMES)
+    assert refusal.value.hint
+    assert "://" in refusal.value.hint or "migration" in refusal.value.hint
+
+
+def test_message_of_an_unknown_scheme_names_every_known_one() -> None:
+    with pytest.raises(UsageError) as refusal:
+        parse_argument("a b:c")
+    assert all(f"{scheme}:" in str(refusal.value) for scheme in KNOWN_SCHEMES if scheme != OBJECT_SCHEME)
 
 
 def test_unknown_scheme_in_a_handmade_spec_is_refused_at_open() -> None:
@@ -164,11 +176,143 @@ def test_unknown_scheme_in_a_handmade_spec_is_refused_at_open() -> None:
         open_source(SourceSpec("b", "tape", "x", NO_FILTERS, "tape:x"))
 
 
-@pytest.mark.parametrize("text", ["a.npy,b.npy", "w=a.npy,b.npy", "file:a,file:b", "zero:4K,zero:4K"])
+@pytest.mark.parametrize(
+    "text", ["a.npy,b.npy", "w=a.npy,b.npy", "file:a,file:b", "zero:4K,zero:4K", "a.npy,nbd://h/x"]
+)
 def test_equivalent_sources_are_refused_by_name(text: str) -> None:
     with pytest.raises(UsageError, match="2 equivalent sources") as refusal:
         parse_argument(text)
     assert "%2C" in str(refusal.value)
+
+
+# -- servers
+
+
+@pytest.mark.parametrize(
+    ("text", "block", "scheme", "target"),
+    [
+        ("nbd://h/x", "x", "nbd", TcpTarget("nbd://h/x", "h", 10809, "x")),
+        ("NBD://h/x", "x", "nbd", TcpTarget("NBD://h/x", "h", 10809, "x")),
+        ("w=nbd://10.0.0.1:99/a/b.npy", "w", "nbd", TcpTarget("nbd://10.0.0.1:99/a/b.npy", "10.0.0.1", 99, "a/b.npy")),
+        ("nbd://[::1]:99/a%2Cb%23", "a_b_", "nbd", TcpTarget("nbd://[::1]:99/a%2Cb%23", "::1", 99, "a,b#")),
+        ("nbd://[fe80::1%25eth0]/x", "x", "nbd", TcpTarget("nbd://[fe80::1%25eth0]/x", "fe80::1%eth0", 10809, "x")),
+        ("nbd://h", "block", "nbd", TcpTarget("nbd://h", "h", 10809, "")),
+        ("nbd://h//x", "x", "nbd", TcpTarget("nbd://h//x", "h", 10809, "/x")),
+        ("nbd://h/gr%C3%B6", "gr_", "nbd", TcpTarget("nbd://h/gr%C3%B6", "h", 10809, "gr\u00f6")),
+        (
+            "nbd+unix:///x?socket=/run/a%20b",
+            "x",
+            "nbd+unix",
+            UnixTarget("nbd+unix:///x?socket=/run/a%20b", "/run/a b", "x"),
+        ),
+        (
+            "nbd+unix://?a=b&socket=rel.sock",
+            "block",
+            "nbd+unix",
+            UnixTarget("nbd+unix://?a=b&socket=rel.sock", "rel.sock", ""),
+        ),
+        ("exec:a 'b c' d", "block", "exec", ExecTarget("exec:a 'b c' d", ("a", "b c", "d"))),
+        ("exec:a x=1 #2", "block", "exec", ExecTarget("exec:a x=1 #2", ("a", "x=1", "#2"))),
+        ("host:x.npy", "x", "ssh", SshTarget("host:x.npy", "host", 0, "x.npy")),
+        ("w=me@host:/d/a b,c#d", "w", "ssh", SshTarget("me@host:/d/a b,c#d", "me@host", 0, "/d/a b,c#d")),
+        ("[::1]:x", "x", "ssh", SshTarget("[::1]:x", "::1", 0, "x")),
+        ("me@[::1]:a:b", "a_b", "ssh", SshTarget("me@[::1]:a:b", "me@::1", 0, "a:b")),
+        ("ssh://me@h:22/a%20b", "a_b", "ssh", SshTarget("ssh://me@h:22/a%20b", "me@h", 22, "/a b")),
+        ("ssh://h/d/x", "x", "ssh", SshTarget("ssh://h/d/x", "h", 0, "/d/x")),
+        ("s3://b/d/k.npy", "k", "object", ObjectTarget("s3://b/d/k.npy", "s3://b/d/k.npy")),
+        ("https://h/k.npy?a=b,c", "k", "object", ObjectTarget("https://h/k.npy?a=b,c", "https://h/k.npy?a=b,c")),
+        ("memory://k", "k", "object", ObjectTarget("memory://k", "memory://k")),
+    ],
+)
+def test_server(text: str, block: str, scheme: str, target: Target) -> None:
+    spec = parse_argument(text)
+    assert (spec.block, spec.scheme, spec.equivalents) == (block, scheme, (target,))
+    assert spec.target == target.text
+
+
+def test_comma_before_a_scheme_separates_equivalents_and_filters_follow_the_whole() -> None:
+    spec = parse_argument(
+        "w=nbd://a/x,nbd+unix:///x?socket=/s,exec:p a,b,host:y,ssh://h/z,s3://b/k#delay=1ms&timeout=3s"
+    )
+    kinds = [TcpTarget, UnixTarget, ExecTarget, SshTarget, ObjectTarget]
+    assert [type(target) for target in spec.equivalents] == kinds
+    assert isinstance(spec.equivalents[2], ExecTarget)
+    assert spec.equivalents[2].words == ("p", "a,b,host:y")
+    assert (spec.filters.delay_us, spec.filters.timeout_ms) == (1000, 3000)
+    assert spec.target.endswith("s3://b/k")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nbd:h", "no URI of that form"),
+        ("nbd:///x", "'' is no HOST[:PORT]"),
+        ("nbd://u@h/x", "'u@h' is no HOST[:PORT]"),
+        ("nbd://::1/x", "is no HOST[:PORT]"),
+        ("nbd://h:0/x", "there is no port 0"),
+        ("nbd://h:65536/x", "there is no port 65536"),
+        ("nbd://h/%FF", "is no UTF-8"),
+        ("nbd://h/%00", "NUL"),
+        ("nbd://h/" + "x" * 4097, "4097 bytes"),
+        ("nbd://h/x#y", "unknown filter 'y'"),
+        ("nbd+unix:///x", "does not name one socket"),
+        ("nbd+unix:///x?socket=", "does not name one socket"),
+        ("nbd+unix:///x?socket=/a&socket=/b", "does not name one socket"),
+        ("nbd+unix://h/x?socket=/a", "a Unix socket has no host"),
+        ("exec:", "there is no command"),
+        ("exec:  ", "there is no command"),
+        ("exec:'a", "cannot be read"),
+        ("exec:a\0b", "NUL"),
+        ("ssh://h", "names no host, or no path"),
+        ("ssh://h/", "names no host, or no path"),
+        ("ssh:h", "no place on a host"),
+        ("ssh://-h/x", "names no host, or no path"),
+        ("host:a\0b", "NUL"),
+        ("s3://", "names no object"),
+        ("nbd://a/x,file:b", "a file source stands alone"),
+        ("nbd://a/x,zero:4K", "a zero source stands alone"),
+        (",".join(["nbd://a/x"] * (EQUIVALENTS_MAX + 1)), f"more than {EQUIVALENTS_MAX}"),
+        ("a#timeout=3s", "a file source has no timeout"),
+        ("zero:4K#timeout=3s", "a zero source has no timeout"),
+        ("nbd://h/x#timeout=0s", "'timeout=0s' is not right"),
+        ("nbd://h/x#timeout=2h", "'timeout=2h' is not right"),
+        ("nbd://h/x#timeout=soon", "'timeout=soon' is not right"),
+    ],
+)
+def test_refusal_of_a_server_says_what_is_wrong_and_has_a_cure(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)) as refusal:
+        parse_argument(text)
+    assert refusal.value.hint
+
+
+def test_a_timeout_alone_changes_no_request() -> None:
+    assert not parse_argument(f"nbd://h/x#timeout={TIMEOUT_MS_MAX // 1000}s").filters.changes_requests
+
+
+def test_ssh_is_told_the_remote_path_in_one_quoted_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PCSHARE_SSH", "PCSHARE_REMOTE"):
+        monkeypatch.delenv(name, raising=False)
+    command = command_of(SshTarget("", "me@h", 22, "/a b;reboot"))
+    assert command[0] == "ssh"
+    assert "BatchMode=yes" in command
+    assert command[-4:] == ["22", "--", "me@h", "pcshare serve --stdio -- 'data=/a b;reboot'"]
+    assert command[-5] == "-p"
+    assert command_of(SshTarget("", "h", 0, "~/x"))[-1].endswith(" -- data=x")
+
+
+def test_environment_replaces_the_words_ssh_and_pcshare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PCSHARE_SSH", "sesame -i 'a key'")
+    monkeypatch.setenv("PCSHARE_REMOTE", "~/venv/bin/pcshare")
+    command = command_of(SshTarget("", "h", 0, "x"))
+    assert command[:3] == ["sesame", "-i", "a key"]
+    assert command[-2:] == ["h", "~/venv/bin/pcshare serve --stdio -- data=x"]
+    monkeypatch.setenv("PCSHARE_SSH", "'")
+    with pytest.raises(UsageError, match="PCSHARE_SSH"):
+        command_of(SshTarget("", "h", 0, "x"))
+
+
+def test_an_object_is_the_business_of_a_provider() -> None:
+    assert command_of(ObjectTarget("", "s3://b/k"))[1:] == ["-P", "-m", "pcshare.serve.objects", "s3://b/k"]
 
 
 def test_comma_in_a_path_is_written_percent_encoded() -> None:
@@ -241,9 +385,18 @@ def test_random_arguments_give_a_spec_or_a_usage_error() -> None:
         "2ms",
         "//",
         "%41",
+        "nbd://",
+        "nbd+unix:///",
+        "?socket=",
+        "exec:",
+        "ssh://",
+        "s3://",
+        "h:",
+        "[::1]",
+        "timeout=",
     ]
     parsed = 0
-    for _ in range(20_000):
+    for _ in range(40_000):
         text = "".join(rng.choices(pieces, k=rng.randrange(8)))
         try:
             spec = parse_argument(text)

@@ -26,6 +26,7 @@ COMMANDS = {
     "stream": "Steer the background stream of a coordinator.",
     "resume": "Ask a failed source again.",
     "stop": "End a coordinator.",
+    "serve": "Give files out over NBD.",
     "doctor": "Check what this host offers, and for whom.",
     "demo": "Show helpers computing on memory that has not arrived.",
     "stress": "Random helpers, joins, leaves and kills, with checks for leaks.",

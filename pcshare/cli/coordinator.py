@@ -41,6 +41,14 @@ DEBUG_VARIABLE = "PCSHARE_DEBUG"
     "--replace", is_flag=True, help="Clear what a dead coordinator of that name left, although helpers of it live."
 )
 @click.option(
+    "--export",
+    "exports",
+    multiple=True,
+    metavar="PATH|HOST:PORT",
+    help="Give the blocks out over NBD, read-only, each under its name: on a Unix socket (a path with a /), or a port "
+    "(:PORT: of this host alone). Can be repeated.",
+)
+@click.option(
     "--trace",
     metavar="FILE",
     help="Write the last 65,536 steps to FILE; `python -m pcshare.views.trace FILE` prints them.",
@@ -108,6 +116,7 @@ def _options(given: dict[str, Any]) -> Options:
         page_size=given["page_size"],
         writable=frozenset(given["writable"]),
         poison=given["on_source_loss"] == "poison",
+        source_timeout_s=given["source_timeout"],
         allow_uids=frozenset(given["allow_uid"]),
         allow_gids=frozenset(given["allow_gid"]),
         fault_threads=given["fault_threads"],
@@ -115,6 +124,7 @@ def _options(given: dict[str, Any]) -> Options:
         notifier_timeout_s=given["notifier_timeout"],
         replace=given["replace"],
         trace=given["trace"],
+        exports=given["exports"],
         **more,
     )
 
@@ -148,7 +158,16 @@ def _say_ready(server: Server, as_json: bool) -> None:
         for block in server.blocks
     ]
     if as_json:
-        options.print_json({"event": "ready", "name": server.options.name, "pid": os.getpid(), "blocks": blocks})
+        options.print_json(
+            {
+                "event": "ready",
+                "name": server.options.name,
+                "pid": os.getpid(),
+                "blocks": blocks,
+                "exports": server.exports.addresses,
+            }
+        )
     elif sys.stderr.isatty():
         names = ", ".join(str(block["idstr"]) for block in blocks)
-        click.echo(f"pcshare: coordinator {server.options.name!r} serves {names}; Ctrl-C ends it", err=True)
+        where = "".join(f"; over NBD on {address}" for address in server.exports.addresses)
+        click.echo(f"pcshare: coordinator {server.options.name!r} serves {names}{where}; Ctrl-C ends it", err=True)

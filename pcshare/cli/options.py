@@ -104,6 +104,14 @@ _SERVING = (
         show_default=True,
         help="A page whose source failed for good: its readers wait and the block is paused, or a touch is SIGBUS.",
     ),
+    click.option(
+        "--source-timeout",
+        type=DURATION,
+        default="30s",
+        show_default=True,
+        metavar="TIME",
+        help="With --on-source-loss poison: how long a server may be away before what is missing is lost.",
+    ),
     click.option("--allow-uid", multiple=True, type=int, metavar="UID", help="Who else may attach. Can be repeated."),
     click.option(
         "--allow-gid", multiple=True, type=int, metavar="GID", help="Groups that may attach. Can be repeated."
@@ -134,8 +142,8 @@ _SERVING = (
 
 
 def coordinator_options(function: Decorated) -> Decorated:
-    """The options of whoever starts a coordinator: stream, page_size, writable, on_source_loss, allow_uid, allow_gid,
-    fault_threads, orphan_timeout (s), notifier_timeout (s)."""
+    """The options of whoever starts a coordinator: stream, page_size, writable, on_source_loss, source_timeout (s),
+    allow_uid, allow_gid, fault_threads, orphan_timeout (s), notifier_timeout (s)."""
     for option in reversed(_SERVING):
         function = option(function)
     return function

@@ -106,7 +106,7 @@ def command(
 
 
 def _launch_options(
-    stream: tuple[int, int], orphan_timeout: float | None, notifier_timeout: float, **same: Any
+    stream: tuple[int, int], orphan_timeout: float | None, notifier_timeout: float, source_timeout: float, **same: Any
 ) -> dict[str, Any]:
     """The command line's words as the launcher's."""
     mode, rate = stream
@@ -115,6 +115,7 @@ def _launch_options(
         "stream": str(rate) if word == "rate" else word,
         "orphan_timeout_s": orphan_timeout,
         "notifier_timeout_s": notifier_timeout,
+        "source_timeout_s": source_timeout,
         **same,
     }
 

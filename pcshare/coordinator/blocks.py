@@ -8,18 +8,21 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 
+from pcshare.coordinator.links import LinkReports
+from pcshare.coordinator.opening import open_sources
 from pcshare.coordinator.options import Options
 from pcshare.errors import NoSuchBlock, UsageError
 from pcshare.fault_thread import EventKind, FaultEvent, FaultThreads
 from pcshare.keeper import Keeper
 from pcshare.notifier import Change, NotifierChain
 from pcshare.ramblock import RAMBlock, rounded_up
-from pcshare.sources import OpenedSource, open_source
+from pcshare.sources import LinkState, OpenedSource
 from pcshare.state import State, StateCell
 from pcshare.status import SegmentWriter
 from pcshare.units import format_bytes
@@ -37,6 +40,11 @@ class Block:
         self.source = source
         self.ram = ram
         self.cell = StateCell()
+        self.failure = ""  # why the core has paused it
+        self.away = ""  # why its source does not answer
+        self.note = ""  # what else there is to say
+        self.reason = ""  # what of these is shown
+        self.gave_up = False  # the source was away for too long: readers were told that what is missing is lost
 
     @property
     def idstr(self) -> str:
@@ -66,6 +74,7 @@ class Blocks:
         self._notifiers = notifiers
         self._on_state = on_state
         self._by_index: dict[int, Block] = {}
+        self.links = LinkReports()
 
     def __iter__(self) -> Iterator[Block]:
         return iter(tuple(self._by_index.values()))
@@ -84,12 +93,10 @@ class Blocks:
 
     # -- making
 
-    def open_sources(self) -> list[OpenedSource]:
-        """Opens every source, or none."""
-        opened: list[OpenedSource] = []
+    def open_sources(self, stopped: socket.socket) -> list[OpenedSource]:
+        """Opens every source, or none; PcshareError when stopped becomes readable."""
+        opened = open_sources(self._options.sources, stopped)
         try:
-            for spec in self._options.sources:
-                opened.append(open_source(spec))
             self._check_writable(opened)
         except BaseException:
             for source in opened:
@@ -132,6 +139,8 @@ class Blocks:
             self._change(block, State.ADVISE)
             self._notifiers.notify(Change.INBOUND_ADVISE, block.idstr)
             self._discard_all(block)
+            patience_s = self._options.source_timeout_s if self._options.poison else None
+            source.watch(self.links.of_block(index), patience_s)
             channel = source.make_channel()
         except BaseException:
             ram.free()
@@ -153,11 +162,22 @@ class Blocks:
     # -- changes
 
     def _change(self, block: Block, state: State, reason: str = "") -> None:
-        if block.cell.exchange(state) is state and not reason:
+        if block.cell.exchange(state) is state and reason == block.reason:
             return
+        block.reason = reason
         self._segment.set_text(reason, block.index)
         self._segment.set_state(state, block.index)
         self._on_state(block.idstr, state, reason)
+
+    def _show(self, block: Block) -> None:
+        """State and reason follow from what is known of the block."""
+        if block.state is State.END:
+            return
+        state = State.PAUSED if block.failure or block.away else State.RUNNING
+        reason = block.failure or block.away or block.note
+        if state is State.PAUSED and block.state is not State.PAUSED:
+            log.warning("block %s is paused: %s", block.idstr, reason)
+        self._change(block, state, reason)
 
     def handle(self, event: FaultEvent) -> bool:
         """Reacts to an event of a block. True: the block is complete now."""
@@ -178,18 +198,15 @@ class Blocks:
         return False
 
     def _pause(self, block: Block, reason: str) -> None:
-        if block.state is State.END:
-            return
-        reason = f"{reason}; mend it, then: pcshare resume {self._options.name}"
-        if block.state is not State.PAUSED:
-            log.warning("block %s is paused: %s", block.idstr, reason)
-        self._change(block, State.PAUSED, reason)
+        block.failure = f"{reason}; mend it, then: pcshare resume {self._options.name}"
+        self._show(block)
 
     def _note(self, block: Block, reason: str) -> None:
         if block.state is State.END:
             return
         log.warning("block %s: %s", block.idstr, reason)
-        self._change(block, block.state, reason)
+        block.note = reason
+        self._show(block)
 
     def _lost(self, block: Block) -> str:
         lost, text = self._segment.block_slot(block.index).lost_pages, _shortened(block.source.spec.text)
@@ -208,14 +225,33 @@ class Blocks:
         )
 
     def resume(self, fault_threads: FaultThreads) -> None:
-        """Asks failed sources again."""
+        """Asks failed sources again, and tries at once to reach those that are away."""
         for block in self:
-            if block.state is State.END:
-                continue
-            self._segment.set_text("", block.index)
-            if block.state is State.PAUSED:
-                self._change(block, State.RUNNING)
-            fault_threads.resume_block(block.index)
+            if block.state is not State.END:
+                self._resume(block, fault_threads)
+                block.source.retry_now()
+
+    def _resume(self, block: Block, fault_threads: FaultThreads) -> None:
+        block.failure = block.note = ""
+        self._show(block)
+        fault_threads.resume_block(block.index)
+
+    def hear_links(self, fault_threads: FaultThreads) -> None:
+        """Takes what links reports."""
+        for index, link in self.links.take():
+            block = self._by_index.get(index)
+            if block is not None and block.state is not State.END:
+                self._link_changed(block, link, fault_threads)
+
+    def _link_changed(self, block: Block, link: LinkState, fault_threads: FaultThreads) -> None:
+        was_away, was_given_up = bool(block.away), block.gave_up
+        block.away, block.gave_up = _away(link) if link.is_away else "", link.gave_up
+        if was_given_up and not link.is_away:
+            self._resume(block, fault_threads)  # what was given up for lost is asked for after all
+        else:
+            self._show(block)
+        if was_away and not link.is_away:
+            log.warning("block %s: %s is there again", block.idstr, _shortened(link.server))
 
     def all_ended(self) -> bool:
         return all(block.state is State.END for block in self)
@@ -240,6 +276,11 @@ def _reading_failed(block: Block, event: FaultEvent) -> str:
     if event.error == errno.ENODATA:
         return f"{text} is shorter than it was: nothing at offset {event.offset}"
     return f"reading {text} at offset {event.offset}: {os.strerror(event.error)}"
+
+
+def _away(link: LinkState) -> str:
+    lost = ", touching what is missing is SIGBUS" if link.gave_up else ""
+    return f"{_shortened(link.server)} is away{lost}: {_shortened(link.reason)}; trying again"
 
 
 def _placing_failed(block: Block, event: FaultEvent) -> str:

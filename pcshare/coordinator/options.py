@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pcshare.sources import SourceSpec
+from pcshare.sources import SOURCE_TIMEOUT_S, SourceSpec
 
 ORPHAN_TIMEOUT_S = 30.0  # long enough to start a coordinator again, short enough that nobody thinks of a hang
 HELPERS_MAX = 1024  # an fd or two each; the status segment has room for four times as many
@@ -16,7 +16,7 @@ class Options:
     """Sizes in bytes, rates in bytes a second, times in seconds.
 
     stream_mode is one of the STREAM_* above; fault_threads None: one for each of the first few
-    CPUs; orphan_timeout_s 0: helpers wait for ever."""
+    CPUs; orphan_timeout_s 0: helpers wait for ever; source_timeout_s: with poison, how long a source may be away."""
 
     name: str
     sources: tuple[SourceSpec, ...]
@@ -25,6 +25,7 @@ class Options:
     page_size: int = 4096
     writable: frozenset[str] = frozenset()
     poison: bool = False
+    source_timeout_s: float = SOURCE_TIMEOUT_S
     allow_uids: frozenset[int] = frozenset()
     allow_gids: frozenset[int] = frozenset()
     fault_threads: int | None = None
@@ -33,6 +34,7 @@ class Options:
     notifier_timeout_s: float = 10.0
     replace: bool = False
     trace: str | None = None
+    exports: tuple[str, ...] = ()  # addresses on which the blocks are given out over NBD
 
     @property
     def shared(self) -> bool:

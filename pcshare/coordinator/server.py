@@ -21,6 +21,7 @@ from typing import Protocol
 
 from pcshare import fds, probe, runtime, status
 from pcshare.coordinator.blocks import Blocks
+from pcshare.coordinator.exports import Exports
 from pcshare.coordinator.handshake import Handshake
 from pcshare.coordinator.helpers import Helpers
 from pcshare.coordinator.options import STREAM_EAGER, STREAM_LAZY, STREAM_PAUSED, STREAM_RATE, Options
@@ -95,18 +96,25 @@ class Server:
         self._features = probe.wanted_features(report.features)
         _raise_fd_limit()
         path = self._take_name()
+        self.exports = Exports(options.exports)
+        self._closing.callback(self.exports.close)
         self._segment = status.SegmentWriter(options.name, path, shared=options.shared)
         self._closing.callback(self._segment.close)
         self._segment.header.keeper_pid = self._keeper.pid
         if options.trace:
             self._closing.callback(TraceFile.start(options.trace).close)
         self.blocks = Blocks(options, self._segment, self.notifiers, self._tell_state)
-        opened = self.blocks.open_sources()
+        self._closing.callback(self.blocks.links.close)
+        opened = self.blocks.open_sources(self._stop_read)
         self._closing.callback(_close_all, opened)
         for source in opened:
             self.notifiers.notify(Change.PROBE, source.spec.block)
         self._start_serving(opened)
         self._listen(path)
+        if options.exports:
+            self._closing.callback(self.exports.close)  # before the helpers, of which the exporter is one
+            self.exports.start(path, options.name, self.blocks)
+            self._watch(self.exports, self.exports.handle)
 
     def _check_poison(self, report: probe.HostReport) -> None:
         if self.options.poison and "POISON" not in report.features:
@@ -154,6 +162,7 @@ class Server:
         self._closing.callback(self._drop_handshakes)
         self._watch(self._stop_read, self._drain_stop)
         self._watch(self.fault_threads, self._take_events)
+        self._watch(self.blocks.links, self._hear_links)
         self._watch(self._keeper, self._keeper_gone)
         if self._parent is not None:
             self._watch(self._parent, self._parent_spoke)
@@ -186,12 +195,15 @@ class Server:
             key.data()
         self._expire_handshakes()
         self.helpers.reap()
+        self.exports.handle()
         self._join_if_ended()
 
     def _wait_s(self) -> float | None:
         waits = [handshake.deadline - time.monotonic() for handshake in self._handshakes.values()]
         if self.helpers.has_unreaped() or not self._accepting:
             waits.append(REAP_INTERVAL_S)
+        if (export_wait_s := self.exports.wait_s()) is not None:
+            waits.append(export_wait_s)
         return max(0.0, min(waits)) if waits else None
 
     def stop(self, reason: PcshareError | None = None) -> None:
@@ -290,11 +302,16 @@ class Server:
             elif self.blocks.handle(event):
                 self._end_block(event.block_index)
 
+    def _hear_links(self) -> None:
+        self._take_events()  # what the core told before the link's change belongs before it
+        self.blocks.hear_links(self.fault_threads)
+
     def _end_block(self, index: int) -> None:
         """Helpers are told first: each unregisters on its own; then our own mappings are plain memory."""
         block = self.blocks.by_index(index)
         self.helpers.tell_end(block)
         self.fault_threads.complete_block(index)
+        block.source.let_go()
         log.info("block %s is complete", block.idstr)
 
     def _join_if_ended(self) -> None:
@@ -322,7 +339,7 @@ class Server:
         if order.op is AdminOp.STOP:
             self.stop()
         elif order.op is AdminOp.RESUME:
-            self._take_events()  # what was told before the order must not pause what it resumes
+            self._hear_links()  # what was told before the order must not pause what it resumes
             self.blocks.resume(self.fault_threads)
         elif order.op is AdminOp.STREAM_PAUSE:
             self.fault_threads.set_stream(STREAM_PAUSED)

@@ -8,28 +8,42 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pcshare.sources.examine import SourceReport, examine_source
 from pcshare.sources.file import FileSource
 from pcshare.sources.filters import FilterSpec
 from pcshare.sources.grammar import SourceSpec, parse_argument, parse_arguments, unknown_scheme
+from pcshare.sources.link import SOURCE_TIMEOUT_S, LinkState
+from pcshare.sources.nbd import NbdSource
 from pcshare.sources.npy import ArrayDescription
 from pcshare.sources.opened import OpenedSource
+from pcshare.sources.wakeup import StopFlag, Wakeup, signals_blocked
 from pcshare.sources.zero import ZeroSource
 
 __all__ = [
+    "SOURCE_TIMEOUT_S",
     "ArrayDescription",
     "FilterSpec",
+    "LinkState",
     "OpenedSource",
+    "SourceReport",
     "SourceSpec",
+    "StopFlag",
+    "Wakeup",
+    "examine_source",
     "open_source",
     "parse_argument",
     "parse_arguments",
+    "signals_blocked",
 ]
 
 _KINDS: dict[str, Callable[[SourceSpec], OpenedSource]] = {"file": FileSource, "zero": ZeroSource}
 
 
-def open_source(spec: SourceSpec) -> OpenedSource:
-    """Opens what spec names; the caller closes it. Raises SourceError, or UsageError for a scheme that is not known."""
+def open_source(spec: SourceSpec, stop: StopFlag | None = None) -> OpenedSource:
+    """Opens what spec names; the caller closes it. A source that is reached through others may take seconds: stop ends
+    the wait. Raises SourceError, or UsageError for a scheme that is not known."""
+    if spec.equivalents:
+        return NbdSource(spec, stop)
     if spec.scheme not in _KINDS:
         raise unknown_scheme(spec.scheme, spec.text)
     return _KINDS[spec.scheme](spec)

@@ -49,7 +49,7 @@ class FileSource(OpenedSource):
     """A regular file, kept open from the beginning: what happens to its name afterwards does not matter."""
 
     def __init__(self, spec: SourceSpec) -> None:
-        self._fd = _open_regular(spec.target)
+        self._fd = open_regular(spec.target)
         try:
             length = _checked_length(self._fd, spec.target)
             array = _read_array(self._fd, spec.target, length)
@@ -109,7 +109,7 @@ def _data_ranges(fd: int, length: int) -> Iterator[tuple[int, int]]:
         yield start, at
 
 
-def _open_regular(path: str) -> int:
+def open_regular(path: str) -> int:
     """A fd of a regular file, opened without waiting and without touching what is none."""
     try:
         _check_kind(os.stat(path), path)

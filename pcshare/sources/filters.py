@@ -1,4 +1,5 @@
-"""What stands between a source and its readers for demonstrations and tests: delay, rate, error.
+"""What stands between a source and its readers for demonstrations and tests: delay, rate, error; and timeout, how long
+a server may take for an answer.
 
 Reads the list of filters that follows a source, and puts the core's filter channel in front of a page channel. It opens
 nothing and knows no kind of source; what a filter does to a request is the core's business.
@@ -18,6 +19,7 @@ from pcshare.sources.percent import decode_percent
 from pcshare.units import parse_duration, parse_rate
 
 DELAY_US_MAX = 3600 * 1_000_000  # an hour: who waits longer for one page has mistyped
+TIMEOUT_MS_MAX = 3600 * 1000  # an hour: whoever waits longer has mistyped, too
 RATE_MAX = 1 << 40  # bytes a second: more than any memory gives; the core multiplies it by nanoseconds
 
 # These mean something to whoever asks a page channel (again, interrupted, closed), so no source may fail with them.
@@ -27,22 +29,28 @@ RESERVED_ERRORS = frozenset({errno.EAGAIN, errno.EINTR, errno.ECANCELED})
 _BAD_NUMBER = (UsageError, ValueError, OverflowError)
 
 _HELP = (
-    "filters are delay=2ms, rate=200M (bytes a second) and error=EIO@FILE (fails while FILE exists), joined by '&'; "
+    "filters are delay=2ms, rate=200M (bytes a second), error=EIO@FILE (fails while FILE exists) and, for a server, "
+    "timeout=30s (how long an answer may take), joined by '&'; "
     "a '#' that belongs to a path is written %23 after file:, as in file:a%23b.npy"
 )
 
 
 @dataclass(frozen=True)
 class FilterSpec:
-    """The filters of one source. All zero and empty: none."""
+    """What is said after a source's '#'. All zero and empty: nothing."""
 
     delay_us: int = 0
     rate: int = 0
     error_errno: int = 0
     error_path: str = ""
+    timeout_ms: int = 0  # not the filter channel's business: whoever talks to the server keeps to it
 
     def __bool__(self) -> bool:
         return self != FilterSpec()
+
+    @property
+    def changes_requests(self) -> bool:
+        return replace(self, timeout_ms=0) != FilterSpec()
 
     def with_absolute_path(self) -> FilterSpec:
         """The same with the error filter's FILE counted from the present directory."""
@@ -75,7 +83,7 @@ def parse_filters(fragment: str) -> FilterSpec:
 
 def wrap_channel(channel: Any, filters: FilterSpec) -> Any:
     """The channel behind its filters; consumes it, also when it fails. Without filters it comes back as it is."""
-    if not filters:
+    if not filters.changes_requests:
         return channel
     from pcshare.page_channel import filter_channel  # late: the grammar works without the compiled core
 
@@ -96,6 +104,16 @@ def _parse_delay(value: str) -> dict[str, Any]:
     if not 0 < delay_us <= DELAY_US_MAX:
         raise _bad_value("delay", value, f"between 1us and {DELAY_US_MAX // 1_000_000}s")
     return {"delay_us": delay_us}
+
+
+def _parse_timeout(value: str) -> dict[str, Any]:
+    try:
+        timeout_ms = round(parse_duration(value) * 1000)
+    except _BAD_NUMBER as error:
+        raise _bad_value("timeout", value, "a duration such as 30s") from error
+    if not 0 < timeout_ms <= TIMEOUT_MS_MAX:
+        raise _bad_value("timeout", value, f"between 1ms and {TIMEOUT_MS_MAX // 1000}s")
+    return {"timeout_ms": timeout_ms}
 
 
 def _parse_rate(value: str) -> dict[str, Any]:
@@ -127,4 +145,5 @@ _PARSERS: dict[str, Callable[[str], dict[str, Any]]] = {
     "delay": _parse_delay,
     "rate": _parse_rate,
     "error": _parse_error,
+    "timeout": _parse_timeout,
 }

@@ -6,11 +6,15 @@ Knows lengths, extents and filters, and hands out page channels. It reads no pag
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
 
 from pcshare.sources.filters import wrap_channel
 from pcshare.sources.grammar import SourceSpec
 from pcshare.sources.npy import ArrayDescription
+
+if TYPE_CHECKING:
+    from pcshare.sources.link import LinkState
 
 
 class OpenedSource(ABC):
@@ -43,6 +47,23 @@ class OpenedSource(ABC):
     @abstractmethod
     def close(self) -> None:
         """Gives up what the source holds open. Channels that were made live on; twice is fine."""
+
+    def facts(self) -> dict[str, str | int | bool]:
+        """What else there is to say of it, for people: what, and how it was found."""
+        return {}
+
+    # What a source whose server may go away has to say; the others are always there.
+
+    def watch(self, on_change: Callable[[LinkState], None], lost_after_s: float | None) -> None:  # noqa: B027
+        """Before make_channel(). on_change hears, in a thread of the source's, when it is away and when it is back.
+        lost_after_s: when it has been away for so long, reading fails; None: never."""
+
+    def retry_now(self) -> None:  # noqa: B027
+        """If the source is away: tries at once to reach it."""
+
+    def let_go(self) -> None:
+        """Nothing is read any more: begins to close, and waits for nobody."""
+        self.close()
 
     def __enter__(self) -> Self:
         return self

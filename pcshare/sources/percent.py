@@ -25,7 +25,9 @@ def check_path(path: str) -> str:
     try:
         os.fsencode(path)
     except UnicodeEncodeError as error:
-        raise UsageError(f"the path {path!r} is no text that can name a file") from error
+        raise UsageError(
+            f"the path {path!r} is no text that can name a file", hint="give it as the bytes that the system uses"
+        ) from error
     if "\0" in path:
-        raise UsageError(f"the path {path!r} contains a NUL byte, which no file name can")
+        raise UsageError(f"the path {path!r} contains a NUL byte, which no file name can", hint="leave it out")
     return path

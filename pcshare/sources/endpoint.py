@@ -1,0 +1,154 @@
+"""endpoint: how one connection to one of a block's equivalent servers is made: TCP, a Unix socket, a child process.
+
+Gives a connected stream socket on which nothing was said yet; the handshake is nbd/client's, and when to connect and
+what to do if it fails is the link's. Every wait has a deadline and can be stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from pcshare.errors import SourceError
+from pcshare.sources.child import Child
+from pcshare.sources.command import command_of
+from pcshare.sources.grammar import Target, TcpTarget, UnixTarget
+from pcshare.sources.wakeup import StopFlag, shut_down
+
+# An idle connection whose other end has vanished without a word is found dead after these: 10 + 3 * 5 s.
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 10, 5, 3
+
+_HINTS = {
+    errno.ECONNREFUSED: "is the server running, and does it listen at this address and port?",
+    errno.ENOENT: "is the server running, and is the socket's path right?",
+    errno.EACCES: "may this user connect to the socket?",
+    errno.ETIMEDOUT: "is the host up, and does no firewall drop what is sent to it?",
+    errno.EHOSTUNREACH: "is the name right, and the host up?",
+}
+
+
+@dataclass
+class Connected:
+    """A connection, and the process at its other end if we started it."""
+
+    socket: socket.socket
+    child: Child | None = None
+
+    def end(self) -> str:
+        """Closes it; says how the process ended, or nothing if there is none."""
+        self.socket.close()
+        return self.child.end() if self.child else ""
+
+
+def connect(target: Target, deadline: float, stop: StopFlag) -> Connected:
+    """A new connection, by then (time.monotonic()). SourceError with the reason, without the server's name."""
+    stop.check()
+    try:
+        if isinstance(target, TcpTarget):
+            return Connected(_connect_tcp(target.host, target.port, deadline, stop))
+        if isinstance(target, UnixTarget):
+            return Connected(_connect_socket(socket.AF_UNIX, target.path, deadline, stop))
+        return Connected(*Child.spawn(command_of(target)))
+    except TimeoutError:
+        raise _refusal(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
+    except OSError as error:
+        stop.check()
+        # A path that is too long for a socket has neither a number nor a text of the system's.
+        raise _refusal(error.errno or errno.EINVAL, error.strerror or str(error)) from error
+
+
+def _refusal(number: int, text: str) -> SourceError:
+    return SourceError(text, errno=number, hint=_HINTS.get(number))
+
+
+def _left_s(deadline: float) -> float:
+    """Seconds until then; TimeoutError where none are left."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _connect_tcp(host: str, port: int, deadline: float, stop: StopFlag) -> socket.socket:
+    """To the first of the host's addresses that answers."""
+    failure: OSError | None = None
+    for family, _, _, _, address in _addresses(host, port, deadline, stop):
+        try:
+            connection = _connect_socket(family, address, deadline, stop)
+        except OSError as error:
+            failure = failure or error
+            continue
+        _tune(connection)
+        return connection
+    raise failure or OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+
+
+def _tune(connection: socket.socket) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+
+
+def _connect_socket(family: int, address: Any, deadline: float, stop: StopFlag) -> socket.socket:
+    connection = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        with stop.calling(partial(shut_down, connection)):
+            connection.settimeout(_left_s(deadline))
+            connection.connect(address)
+        connection.settimeout(None)
+        stop.check()
+        return connection
+    except BaseException:
+        connection.close()
+        raise
+
+
+# -- names of hosts
+
+_Address = tuple[Any, Any, Any, Any, Any]
+
+
+def _addresses(host: str, port: int, deadline: float, stop: StopFlag) -> Iterable[_Address]:
+    with contextlib.suppress(socket.gaierror):  # a number needs nobody's answer
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    answers: queue.SimpleQueue[list[_Address] | OSError] = queue.SimpleQueue()
+    # The resolver cannot be interrupted and has time limits of its own: a thread that nobody waits for asks it.
+    threading.Thread(target=_resolve, args=(host, port, answers), name="pcshare-resolve", daemon=True).start()
+    with stop.calling(partial(answers.put, OSError(errno.ECANCELED, "stopped"))):
+        return _answer(answers, deadline)
+
+
+def _resolve(host: str, port: int, answers: queue.SimpleQueue[list[_Address] | OSError]) -> None:
+    try:
+        answers.put(list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+    except (OSError, UnicodeError) as error:
+        text = error.strerror if isinstance(error, OSError) else "no name of a host"
+        answers.put(OSError(errno.EHOSTUNREACH, f"{host}: {text}"))
+
+
+def _answer(answers: queue.SimpleQueue[list[_Address] | OSError], deadline: float) -> list[_Address]:
+    try:
+        answer = answers.get(timeout=_left_s(deadline))
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(answer, OSError):
+        raise answer
+    return answer
+
+
+@contextlib.contextmanager
+def stoppable(connected: Connected, stop: StopFlag) -> Iterator[None]:
+    """While the body waits for the other end, stop ends the wait."""
+    with stop.calling(partial(shut_down, connected.socket)):
+        yield

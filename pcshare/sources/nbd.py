@@ -1,0 +1,140 @@
+"""Sources that are NBD servers: nbd://, nbd+unix:///, exec:, ssh and object stores; one or several equivalent ones.
+
+Finds out how long the export is, whether it begins like a .npy file, and where its holes are. The pages are read by the
+core's channel, and the connections are the link's.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pcshare.errors import SourceError
+from pcshare.nbd.client import ServerExport, Session
+from pcshare.sources.file import EXTENTS_MAX
+from pcshare.sources.grammar import SOURCE_LENGTH_MAX, SourceSpec, path_of_server
+from pcshare.sources.link import BLOCK_STATUS_TIMEOUT_S, REPLY_TIMEOUT_S, Link, LinkState, Need
+from pcshare.sources.npy import NPY_HEAD_MAX, ArrayDescription, parse_npy
+from pcshare.sources.opened import OpenedSource
+from pcshare.sources.wakeup import StopFlag
+
+if TYPE_CHECKING:
+    from pcshare.page_channel import NbdChannel
+
+# Requests are whole pages, so this costs nothing, and lets equivalent servers differ below it.
+ALIGNMENT_MIN = 4096
+# With several servers reads are no longer than this, so that one with a smaller maximum than the first can stand in.
+LENGTH_MAX_OF_SEVERAL = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the first session told."""
+
+    export: ServerExport
+    need: Need
+    extents: list[tuple[int, int]]
+    array: ArrayDescription | None
+
+
+class NbdSource(OpenedSource):
+    """One block's servers, of which one is connected."""
+
+    def __init__(self, spec: SourceSpec, stop: StopFlag | None = None) -> None:
+        self._reply_timeout_s = spec.filters.timeout_ms / 1000 or REPLY_TIMEOUT_S
+        self._server_count = len(spec.equivalents)
+        self._made = False
+        self._link = Link(spec.equivalents, self._learn, self._reply_timeout_s)
+        self._name = path_of_server(spec.equivalents[0])
+        try:
+            self._facts = self._link.open(stop)
+            super().__init__(spec, self._facts.need.size, self._facts.extents, self._facts.array)
+        except BaseException:
+            self._link.close()
+            raise
+
+    def _learn(self, session: Session) -> _Facts:
+        export = session.export
+        if not 0 < export.size <= SOURCE_LENGTH_MAX:
+            raise SourceError(f"the export has {export.size} bytes, which no block can have", errno=errno.EFBIG)
+        head = session.read(0, min(export.size, NPY_HEAD_MAX), time.monotonic() + self._reply_timeout_s)
+        array = _array(head, export.size, self._name)
+        extents = session.data_extents(time.monotonic() + BLOCK_STATUS_TIMEOUT_S, EXTENTS_MAX)
+        return _Facts(export, _need(session, self._server_count), extents, array)
+
+    def _new_channel(self) -> Any:
+        """Once: the connections feed one channel."""
+        if self._made:
+            raise SourceError(f"{self.spec.text}: the source feeds one channel, and has it", errno=errno.EBUSY)
+        from pcshare.page_channel import free_channel  # late: the grammar works without the compiled core
+
+        channel = self._make()
+        try:
+            self._link.serve(channel, self._facts.need)
+        except BaseException:
+            free_channel(channel.pointer)
+            raise
+        self._made = True
+        return channel.pointer
+
+    def _make(self) -> NbdChannel:
+        from pcshare.page_channel import NbdChannel
+
+        need = self._facts.need
+        return NbdChannel(
+            size=need.size,
+            alignment=need.alignment,
+            length_max=need.length_max,
+            reply_timeout_ms=round(self._reply_timeout_s * 1000),
+            server_count=self._server_count,
+        )
+
+    def facts(self) -> dict[str, str | int | bool]:
+        export = self._facts.export
+        return {
+            "server": self._link.server,
+            "description": export.description or "none",
+            "smallest read": f"{export.block_min} bytes, {export.block_preferred} preferred",
+            "largest read": f"{export.block_max} bytes",
+            "several connections": "yes" if export.multi_conn else "no: demand and stream share one",
+            "replies": "structured" if export.structured else "simple",
+            "tells its holes": "yes" if export.block_status else "no",
+        }
+
+    def watch(self, on_change: Callable[[LinkState], None], lost_after_s: float | None) -> None:
+        self._link.watch(on_change, lost_after_s)
+
+    def retry_now(self) -> None:
+        self._link.retry_now()
+
+    def let_go(self) -> None:
+        self._link.let_go()
+
+    def close(self) -> None:
+        self._link.close()
+
+
+def _need(session: Session, server_count: int) -> Need:
+    export = session.export
+    alignment = max(export.block_min, ALIGNMENT_MIN)
+    most = export.block_max if server_count == 1 else min(export.block_max, LENGTH_MAX_OF_SEVERAL)
+    length_max = most - most % alignment
+    if length_max == 0:
+        raise SourceError(
+            f"the server sends at most {export.block_max} bytes at a time, less than a page", errno=errno.EINVAL
+        )
+    return Need(export.size, alignment, length_max)
+
+
+def _array(head: bytes, size: int, name: str) -> ArrayDescription | None:
+    """The array of what begins like a .npy file. Where the name does not say that it is one, a broken header is data
+    that happens to begin so."""
+    try:
+        return parse_npy(head, size, name)
+    except SourceError:
+        if name.lower().endswith(".npy"):
+            raise
+        return None
