@@ -10,11 +10,12 @@ import contextlib
 import ctypes
 import mmap
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +66,7 @@ def nbdkit(socket_path: Path, *arguments: str) -> Iterator[str]:
     command = ["nbdkit", "--foreground", "--unix", str(socket_path), *arguments]
     with subprocess.Popen(command, preexec_fn=die_with_parent) as server:
         try:
-            wait_for(socket_path.exists, "nbdkit's socket")
+            wait_for(lambda: accepts(socket_path), "nbdkit's socket")
             yield f"nbd+unix:///?socket={socket_path}"
         finally:
             server.terminate()
@@ -73,9 +74,15 @@ def nbdkit(socket_path: Path, *arguments: str) -> Iterator[str]:
             socket_path.unlink(missing_ok=True)
 
 
-def wait_for(is_there: object, what: str) -> None:
+def accepts(socket_path: Path) -> bool:
+    """A socket file is there before somebody listens."""
+    with socket.socket(socket.AF_UNIX) as tried:
+        return tried.connect_ex(str(socket_path)) == 0
+
+
+def wait_for(is_there: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while not is_there():  # type: ignore[operator]
+    while not is_there():
         if time.monotonic() > deadline:
             sys.exit(f"{what} did not appear within {START_TIMEOUT_S:g} s")
         time.sleep(0.005)

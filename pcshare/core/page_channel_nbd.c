@@ -8,6 +8,7 @@
 #include "page_channel_nbd.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,8 +26,10 @@ enum {
     NBD_STREAM_IN_FLIGHT_MAX = 48, /* of a connection's; the rest is for demands */
     NBD_EVENTS_MAX = 32,           /* not yet told; more losses than anybody can have connected meanwhile */
     NBD_EPOLL_EVENTS = 4,
-    NBD_TICKS = 4,    /* looks at the clock within a reply timeout */
-    NBD_PATIENCE = 4, /* reply timeouts that one read may take while others are answered */
+    NBD_TICKS = 4,            /* looks at the clock within a reply timeout */
+    NBD_PATIENCE = 4,         /* reply timeouts that one read may take while others are answered */
+    NBD_FAREWELL_MS = 500,    /* how long answers are waited for at the end */
+    NBD_FAREWELL_LOOK_MS = 5, /* between looks whether they have come */
     NBD_STREAM_PIECE_BYTES = 1024 << 10,
     NBD_STREAM_PIECES = 16,
 };
@@ -54,6 +57,8 @@ struct nbd_channel {
     struct nbd_settings settings;
     uint32_t n_owners;
     pthread_mutex_t lock;
+    pthread_cond_t jobs_ended;
+    uint32_t n_ending; /* threads that tell requesters of their jobs' end; a free waits for them */
     pthread_t thread;
     int wake_fd;
     int epoll_fds[NBD_KINDS]; /* by kind of connection */
@@ -168,21 +173,37 @@ static void read_over(struct nbd_read *read, int result, struct nbd_job **overp)
     }
 }
 
-/* Without the lock: those who asked hear of it. */
-static void end_jobs(struct nbd_job *list)
+static void end_job(struct nbd_job *job)
 {
-    while (list) {
-        struct nbd_job *job = list;
-        struct page_request *request = job->request;
-        int result = job->result;
+    struct page_request *request = job->request;
+    int result = job->result;
 
-        list = job->next;
-        if (result == 0 && job->bounce)
-            memcpy(request->bytes, job->bounce + job->bounce_offset, request->length);
-        free(job->bounce);
-        free(job);
-        request->done(request, result);
+    if (result == 0 && job->bounce)
+        memcpy(request->bytes, job->bounce + job->bounce_offset, request->length);
+    free(job->bounce);
+    free(job);
+    request->done(request, result);
+}
+
+/* Opens the lock; those who asked hear of what is over. */
+static void unlock_and_end(struct nbd_channel *c, struct nbd_job *over)
+{
+    if (!over) {
+        pthread_mutex_unlock(&c->lock);
+        return;
     }
+    c->n_ending++;
+    pthread_mutex_unlock(&c->lock);
+    while (over) {
+        struct nbd_job *job = over;
+
+        over = job->next;
+        end_job(job);
+    }
+    pthread_mutex_lock(&c->lock);
+    if (--c->n_ending == 0)
+        pthread_cond_broadcast(&c->jobs_ended);
+    pthread_mutex_unlock(&c->lock);
 }
 
 /* With the lock held. */
@@ -381,8 +402,7 @@ static void handle_answer(struct nbd_channel *c, struct nbd_read *read)
     else
         handle_refusal(c, read, &over);
     pump(c, &over);
-    pthread_mutex_unlock(&c->lock);
-    end_jobs(over);
+    unlock_and_end(c, over);
 }
 
 /* Whether there may be more to read at once. On the demand connection what is not owed does not come. */
@@ -443,8 +463,7 @@ static void end_receiving(struct nbd_channel *c, struct nbd_connection *connecti
     }
     put_connection(connection);
     pump(c, &over);
-    pthread_mutex_unlock(&c->lock);
-    end_jobs(over);
+    unlock_and_end(c, over);
 }
 
 static void handle_ready(struct nbd_channel *c, uint32_t kind, uint64_t number)
@@ -496,8 +515,7 @@ static void check_clock(struct nbd_channel *c)
         if (c->connections[kind] && c->connections[kind]->n_in_flight)
             check_connection(c, c->connections[kind], &over);
     pump(c, &over);
-    pthread_mutex_unlock(&c->lock);
-    end_jobs(over);
+    unlock_and_end(c, over);
 }
 
 static void drain_wake_fd(const struct nbd_channel *c)
@@ -564,8 +582,7 @@ static void nbd_submit(struct page_channel *channel, struct page_request *reques
             queue_push(queue_of(c, &job->reads[i]), &job->reads[i]);
     }
     pump(c, &over);
-    pthread_mutex_unlock(&c->lock);
-    end_jobs(over);
+    unlock_and_end(c, over);
 }
 
 static int nbd_poll_fd(struct page_channel *channel)
@@ -596,6 +613,7 @@ static void channel_put(struct nbd_channel *c)
     close_fd(c->wake_fd);
     for (uint32_t kind = 0; kind < NBD_KINDS; kind++)
         close_fd(c->epoll_fds[kind]);
+    pthread_cond_destroy(&c->jobs_ended);
     pthread_mutex_destroy(&c->lock);
     free(c);
 }
@@ -609,8 +627,11 @@ static void drop_all(struct nbd_channel *c)
     for (uint32_t kind = 0; kind < NBD_KINDS; kind++)
         if (c->connections[kind])
             drop_connection(c, c->connections[kind], &over);
+    unlock_and_end(c, over);
+    pthread_mutex_lock(&c->lock);
+    while (c->n_ending) /* the supplier */
+        pthread_cond_wait(&c->jobs_ended, &c->lock);
     pthread_mutex_unlock(&c->lock);
-    end_jobs(over);
 }
 
 static void nbd_free(struct page_channel *channel)
@@ -673,6 +694,7 @@ int page_channel_nbd_new(struct page_channel **channelp, const struct nbd_settin
     c->n_owners = 1;
     c->wake_fd = c->event_fd = c->epoll_fds[NBD_PRIMARY] = c->epoll_fds[NBD_DEMAND] = -1;
     pthread_mutex_init(&c->lock, NULL);
+    pthread_cond_init(&c->jobs_ended, NULL);
     int rc = open_fds(c);
     if (rc == 0)
         rc = thread_new(&c->thread, "pcshare-nbd", channel_run, c);
@@ -721,8 +743,7 @@ int page_channel_nbd_connect(struct page_channel *channel, int fd, uint32_t kind
     } else {
         nbd_connection_free(connection);
     }
-    pthread_mutex_unlock(&c->lock);
-    end_jobs(over);
+    unlock_and_end(c, over);
     return rc;
 }
 
@@ -733,8 +754,7 @@ void page_channel_nbd_disconnect(struct page_channel *channel, int error, const 
 
     pthread_mutex_lock(&c->lock);
     lose_all(c, error, text, &over);
-    pthread_mutex_unlock(&c->lock);
-    end_jobs(over);
+    unlock_and_end(c, over);
 }
 
 void page_channel_nbd_give_up(struct page_channel *channel, int error)
@@ -746,16 +766,39 @@ void page_channel_nbd_give_up(struct page_channel *channel, int error)
     c->given_up = error;
     if (error && !is_served(c))
         fail_queued(c, -error, &over);
-    pthread_mutex_unlock(&c->lock);
-    end_jobs(over);
+    unlock_and_end(c, over);
 }
 
 static void say_goodbye(struct nbd_channel *c, struct nbd_connection *connection, struct nbd_job **overp)
 {
-    if (!connection)
+    if (!connection || connection->n_in_flight)
         return;
     nbd_connection_say_goodbye(connection);
     (void)send_output(c, connection, overp);
+}
+
+static int is_owed(struct nbd_channel *c)
+{
+    int owed = 0;
+
+    pthread_mutex_lock(&c->lock);
+    for (uint32_t kind = 0; kind < NBD_KINDS; kind++)
+        owed |= c->connections[kind] && c->connections[kind]->n_in_flight;
+    pthread_mutex_unlock(&c->lock);
+    return owed;
+}
+
+/* Whoever leaves a server in the midst of its answers may bring it down, with all its clients (nbdkit 1.32 aborts). The
+ * fault threads may have ended: what they would read is read here. */
+static void await_answers(struct nbd_channel *c)
+{
+    uint64_t deadline_ns = clock_ns() + NBD_FAREWELL_MS * ns_per_ms;
+    struct pollfd polled = {.fd = c->epoll_fds[NBD_DEMAND], .events = POLLIN};
+
+    while (is_owed(c) && clock_ns() < deadline_ns) {
+        (void)poll(&polled, 1, NBD_FAREWELL_LOOK_MS);
+        nbd_dispatch(&c->channel);
+    }
 }
 
 void page_channel_nbd_end(struct page_channel *channel)
@@ -764,15 +807,19 @@ void page_channel_nbd_end(struct page_channel *channel)
     struct nbd_job *over = NULL;
 
     pthread_mutex_lock(&c->lock);
-    if (!c->ended) {
-        for (uint32_t kind = 0; kind < NBD_KINDS; kind++)
-            say_goodbye(c, c->connections[kind], &over);
-        c->ended = 1;
-        fail_queued(c, -ECANCELED, &over);
-        lose_all(c, ESHUTDOWN, "nothing is wanted any more", &over);
-    }
-    pthread_mutex_unlock(&c->lock);
-    end_jobs(over);
+    int was_ended = c->ended;
+    c->ended = 1;
+    fail_queued(c, -ECANCELED, &over);
+    unlock_and_end(c, over);
+    if (was_ended)
+        return;
+    await_answers(c);
+    over = NULL;
+    pthread_mutex_lock(&c->lock);
+    for (uint32_t kind = 0; kind < NBD_KINDS; kind++)
+        say_goodbye(c, c->connections[kind], &over);
+    lose_all(c, ESHUTDOWN, "nothing is wanted any more", &over);
+    unlock_and_end(c, over);
 }
 
 int page_channel_nbd_event_fd(const struct page_channel *channel)

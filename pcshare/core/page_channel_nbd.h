@@ -51,7 +51,8 @@ int page_channel_nbd_connect(struct page_channel *channel, int fd, uint32_t kind
 void page_channel_nbd_disconnect(struct page_channel *channel, int error, const char *text);
 /* error != 0: everything that waits, and what comes while no connection lives, fails with it. 0: things wait again. */
 void page_channel_nbd_give_up(struct page_channel *channel, int error);
-/* Nothing is wanted any more: tells the server, closes, and what waits fails with -ECANCELED. Twice is fine. */
+/* Nothing is wanted any more: what waits fails with -ECANCELED, what servers are answering is awaited for a moment,
+ * then they are told and left. Twice is fine. */
 void page_channel_nbd_end(struct page_channel *channel);
 
 /* Readable when an event waits. */

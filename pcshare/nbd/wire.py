@@ -1,6 +1,6 @@
 """wire: the numbers and layouts of NBD, each once. All integers are big-endian. No I/O.
 
-The core's transmission phase has its own copy of the few it needs (core/page_channel_nbd.c); a test compares them.
+The core's transmission phase has its own copy of the few it needs (core/nbd_connection.c); a test compares them.
 """
 
 from __future__ import annotations
