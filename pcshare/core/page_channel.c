@@ -61,7 +61,9 @@ int page_channel_zero_new(struct page_channel **channelp)
     *channelp = malloc(sizeof(**channelp));
     if (!*channelp)
         return -ENOMEM;
-    **channelp = (struct page_channel){
-        .ops = &zero_ops, .stream_piece_bytes = PAGE_CHANNEL_PIECE_BYTES, .stream_piece_count = PAGE_CHANNEL_PIECES};
+    **channelp = (struct page_channel){.ops = &zero_ops,
+                                       .stream_piece_bytes = PAGE_CHANNEL_PIECE_BYTES,
+                                       .stream_piece_count = PAGE_CHANNEL_PIECES,
+                                       .stream_piece_count_demand = PAGE_CHANNEL_PIECES_DEMAND};
     return 0;
 }

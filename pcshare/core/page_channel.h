@@ -36,6 +36,7 @@ enum {
     PAGE_CHANNEL_POLL_NONE = -1, /* the channel's own threads do it all */
     PAGE_CHANNEL_PIECE_BYTES = 1 << 20,
     PAGE_CHANNEL_PIECES = 4,
+    PAGE_CHANNEL_PIECES_DEMAND = 1,
 };
 
 struct page_channel_ops {
@@ -51,9 +52,10 @@ struct page_channel_ops {
 
 struct page_channel {
     const struct page_channel_ops *ops;
-    /* What the stream is to ask for at a time, bytes, and how many of these at once. */
+    /* What the stream is to ask for at a time, bytes; how many of these at once. */
     uint32_t stream_piece_bytes;
     uint32_t stream_piece_count;
+    uint32_t stream_piece_count_demand; /* while somebody waits in a fault */
 };
 
 /* A local file. fd is consumed, also on failure; size is what it held at the start: where the file is shorter today,

@@ -283,8 +283,10 @@ int page_channel_file_new(struct page_channel **channelp, int fd, uint64_t size)
         close(fd);
         return -ENOMEM;
     }
-    c->channel = (struct page_channel){
-        .ops = &file_ops, .stream_piece_bytes = PAGE_CHANNEL_PIECE_BYTES, .stream_piece_count = PAGE_CHANNEL_PIECES};
+    c->channel = (struct page_channel){.ops = &file_ops,
+                                       .stream_piece_bytes = PAGE_CHANNEL_PIECE_BYTES,
+                                       .stream_piece_count = PAGE_CHANNEL_PIECES,
+                                       .stream_piece_count_demand = PAGE_CHANNEL_PIECES_DEMAND};
     c->fd = fd;
     c->size = size;
     pthread_mutex_init(&c->mutex, NULL);

@@ -31,7 +31,9 @@ enum {
     NBD_FAREWELL_MS = 500,    /* how long answers are waited for at the end */
     NBD_FAREWELL_LOOK_MS = 5, /* between looks whether they have come */
     NBD_STREAM_PIECE_BYTES = 1024 << 10,
-    NBD_STREAM_PIECES = 16,
+    NBD_STREAM_PIECES = 16, /* as many as nbdkit and qemu-nbd work on at once */
+    NBD_STREAM_PIECES_DEMAND =
+        4, /* a server that takes its time goes on at full speed; one that does not fills no CPU */
 };
 static const uint64_t ns_per_ms = 1000000;
 static const uint64_t wake_number = 0; /* in an epoll's data: the channel's own eventfd */
@@ -688,8 +690,10 @@ int page_channel_nbd_new(struct page_channel **channelp, const struct nbd_settin
     c = calloc(1, sizeof(*c));
     if (!c)
         return -ENOMEM;
-    c->channel = (struct page_channel){
-        .ops = &nbd_ops, .stream_piece_bytes = NBD_STREAM_PIECE_BYTES, .stream_piece_count = NBD_STREAM_PIECES};
+    c->channel = (struct page_channel){.ops = &nbd_ops,
+                                       .stream_piece_bytes = NBD_STREAM_PIECE_BYTES,
+                                       .stream_piece_count = NBD_STREAM_PIECES,
+                                       .stream_piece_count_demand = NBD_STREAM_PIECES_DEMAND};
     c->settings = *settings;
     c->n_owners = 1;
     c->wake_fd = c->event_fd = c->epoll_fds[NBD_PRIMARY] = c->epoll_fds[NBD_DEMAND] = -1;

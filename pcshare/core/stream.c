@@ -116,8 +116,11 @@ static uint64_t pages_of_piece(struct fault_threads *ft, const struct ramblock *
 /* Whether nothing is to be asked of the block's source now: it is paused, or has as much to do as it takes at once. */
 static int is_busy(struct fault_threads *ft, const struct served_block *served)
 {
-    return __atomic_load_n(&served->paused, __ATOMIC_ACQUIRE) ||
-           pieces_of_block(&ft->stream, served->block) >= served->channel->stream_piece_count;
+    if (__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE))
+        return 1;
+    int beside_demand = __atomic_load_n(&ft->demand_in_flight, __ATOMIC_ACQUIRE) != 0;
+    return pieces_of_block(&ft->stream, served->block) >=
+           (beside_demand ? served->channel->stream_piece_count_demand : served->channel->stream_piece_count);
 }
 
 /* Hints that are under way to their end leave the list; the caller ends them. */
@@ -369,8 +372,7 @@ static uint64_t issue_piece(struct fault_threads *ft)
 {
     struct stream *s = &ft->stream;
     struct stream_range *over = NULL;
-    uint32_t window = __atomic_load_n(&ft->demand_in_flight, __ATOMIC_ACQUIRE) ? STREAM_WINDOW_DEMAND : STREAM_WINDOW;
-    struct stream_piece *piece = s->in_flight < window ? free_piece(s) : NULL;
+    struct stream_piece *piece = free_piece(s);
 
     if (!piece)
         return forever_ns;

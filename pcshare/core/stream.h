@@ -17,7 +17,6 @@
 enum {
     STREAM_BUFFER_BYTES = 2 << 20, /* a piece, or one page of the largest size */
     STREAM_WINDOW = 16,            /* pieces in flight, of all blocks; a channel says how many of one */
-    STREAM_WINDOW_DEMAND = 1,      /* while somebody waits in a fault */
     STREAM_RATE_PIECES = 50,       /* under a rate limit a piece is this part of a second's bytes at most */
 };
 
