@@ -30,13 +30,15 @@ enum {
     NBD_PATIENCE = 4,         /* reply timeouts that one read may take while others are answered */
     NBD_FAREWELL_MS = 500,    /* how long answers are waited for at the end */
     NBD_FAREWELL_LOOK_MS = 5, /* between looks whether they have come */
+    ROUND_TRIP_DRIFT = 256, /* a server that went away from us is known to be far after so many demands or some more */
     NBD_STREAM_PIECE_BYTES = 1024 << 10,
-    NBD_STREAM_PIECES = 16, /* as many as nbdkit and qemu-nbd work on at once */
-    NBD_STREAM_PIECES_DEMAND =
-        4, /* a server that takes its time goes on at full speed; one that does not fills no CPU */
+    NBD_STREAM_PIECES = 16,     /* as many as nbdkit and qemu-nbd work on at once */
+    NBD_STREAM_PIECES_NEAR = 1, /* beside a demand: one that answers at once keeps CPUs busy that the demand needs */
+    NBD_STREAM_PIECES_FAR = 4,  /* one that takes its time goes on at full speed */
 };
 static const uint64_t ns_per_ms = 1000000;
-static const uint64_t wake_number = 0; /* in an epoll's data: the channel's own eventfd */
+static const uint64_t far_ns = 1000000; /* a page takes longer, and it is not for want of a CPU */
+static const uint64_t wake_number = 0;  /* in an epoll's data: the channel's own eventfd */
 
 /* A request, cut into reads that the server takes. */
 struct nbd_job {
@@ -74,6 +76,7 @@ struct nbd_channel {
     struct read_queue streams;
     struct nbd_event events[NBD_EVENTS_MAX];
     uint32_t n_events;
+    uint64_t round_trip_ns; /* of a demand, about the shortest of late; 0: not known */
 };
 
 /* ---- queues ---- */
@@ -392,11 +395,26 @@ static void handle_refusal(struct nbd_channel *c, struct nbd_read *read, struct 
     lose_all(c, read->error, is_leaving ? "the server is shutting down" : text, overp);
 }
 
+/* The shortest of late says how far the server is; longer ones, how busy it or this machine is. */
+static void note_round_trip(struct nbd_channel *c, const struct nbd_read *read)
+{
+    uint64_t took_ns = clock_ns() - read->asked_ns;
+
+    if (c->round_trip_ns == 0 || took_ns < c->round_trip_ns)
+        c->round_trip_ns = took_ns;
+    else
+        c->round_trip_ns += c->round_trip_ns / ROUND_TRIP_DRIFT + 1;
+    __atomic_store_n(&c->channel.stream_piece_count_demand,
+                     c->round_trip_ns < far_ns ? NBD_STREAM_PIECES_NEAR : NBD_STREAM_PIECES_FAR, __ATOMIC_RELAXED);
+}
+
 static void handle_answer(struct nbd_channel *c, struct nbd_read *read)
 {
     struct nbd_job *over = NULL;
 
     pthread_mutex_lock(&c->lock);
+    if (read->job->request->is_demand)
+        note_round_trip(c, read);
     if (!read->error)
         read_over(read, 0, &over);
     else if (c->ended)
@@ -693,7 +711,7 @@ int page_channel_nbd_new(struct page_channel **channelp, const struct nbd_settin
     c->channel = (struct page_channel){.ops = &nbd_ops,
                                        .stream_piece_bytes = NBD_STREAM_PIECE_BYTES,
                                        .stream_piece_count = NBD_STREAM_PIECES,
-                                       .stream_piece_count_demand = NBD_STREAM_PIECES_DEMAND};
+                                       .stream_piece_count_demand = NBD_STREAM_PIECES_NEAR};
     c->settings = *settings;
     c->n_owners = 1;
     c->wake_fd = c->event_fd = c->epoll_fds[NBD_PRIMARY] = c->epoll_fds[NBD_DEMAND] = -1;

@@ -120,7 +120,8 @@ static int is_busy(struct fault_threads *ft, const struct served_block *served)
         return 1;
     int beside_demand = __atomic_load_n(&ft->demand_in_flight, __ATOMIC_ACQUIRE) != 0;
     return pieces_of_block(&ft->stream, served->block) >=
-           (beside_demand ? served->channel->stream_piece_count_demand : served->channel->stream_piece_count);
+           (beside_demand ? __atomic_load_n(&served->channel->stream_piece_count_demand, __ATOMIC_RELAXED)
+                          : served->channel->stream_piece_count);
 }
 
 /* Hints that are under way to their end leave the list; the caller ends them. */
