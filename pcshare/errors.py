@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno as errno_codes
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 EXIT_DONE = 0
@@ -164,11 +165,34 @@ _CLASS_OF_ERRNO: dict[int, type[PcshareError]] = {
 }
 
 
+_CLASS_OF_EXIT: dict[int, type[PcshareError]] = {EXIT_USAGE: UsageError, EXIT_HOST: HostError}
+
+
 def exit_code(error: BaseException) -> int:
     """The exit status of a command that ends with this error."""
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     return error.exit_status if isinstance(error, PcshareError) else EXIT_FAILED
+
+
+def to_json(error: BaseException) -> dict[str, Any]:
+    """What from_json() in another process makes the same error of."""
+    known = next((cls for cls in type(error).__mro__ if cls.__module__ == __name__), type(error))
+    return {
+        "type": known.__name__,
+        "error": error.message if isinstance(error, PcshareError) else str(error),
+        "hint": error.hint if isinstance(error, PcshareError) else None,
+        "errno": getattr(error, "errno", None),
+        "exit": exit_code(error),
+    }
+
+
+def from_json(told: Mapping[str, Any]) -> PcshareError:
+    """The error as the class it had there; by its exit code where the class is not one of these."""
+    kind = globals().get(str(told.get("type")))
+    if not (isinstance(kind, type) and issubclass(kind, PcshareError)):
+        kind = _CLASS_OF_EXIT.get(int(told.get("exit") or 0), PcshareError)
+    return kind(str(told.get("error")), errno=told.get("errno"), hint=told.get("hint"))
 
 
 def check(rc: int, what: str, text: str = "") -> int:

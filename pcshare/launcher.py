@@ -120,9 +120,10 @@ class Coordinator:
             array = coordinator.attach("data").asarray()
 
     blocks: {block: source}, or "BLOCK=SOURCE" or "SOURCE" texts as on the command line. stream: "eager", "lazy",
-    "paused", or bytes a second such as "200M". page_size: "4K", "2M", or bytes. on_event is called in a thread of its
-    own; for PROBE a text it returns, or an exception, is a veto with that reason. Errors: what the coordinator
-    refused, as the class of pcshare.errors that fits.
+    "paused", or bytes a second such as "200M". page_size: "4K", "2M", or bytes. exports: addresses on which the blocks
+    are given out over NBD, a path with a "/", HOST:PORT, or :PORT of this host alone; the attribute has them as bound.
+    on_event is called in a thread of its own; for PROBE a text it returns, or an exception, is a veto with that reason.
+    Errors: what the coordinator refused, as the class of pcshare.errors that fits.
     """
 
     def __init__(
@@ -142,10 +143,12 @@ class Coordinator:
         orphan_timeout_s: float | None = None,
         allow_uid: Iterable[int] = (),
         allow_gid: Iterable[int] = (),
+        exports: Iterable[str] | str = (),
     ) -> None:
         self.name = _unique_name() if name is None else runtime.check_name(name)
         self.pid: int | None = None
         self.socket: str | None = None
+        self.exports: tuple[str, ...] = ()
         _check_stream(stream)
         self._sources = _source_arguments(blocks)
         self._options = [
@@ -154,9 +157,10 @@ class Coordinator:
             f"--on-source-loss={on_source_loss}",
             f"--source-timeout={source_timeout_s:f}s",
             f"--notifier-timeout={notifier_timeout_s:f}s",
-            *(f"--writable={block}" for block in ([writable] if isinstance(writable, str) else writable)),
+            *(f"--writable={block}" for block in _each(writable)),
             *(f"--allow-uid={uid}" for uid in allow_uid),
             *(f"--allow-gid={gid}" for gid in allow_gid),
+            *(f"--export={address}" for address in _each(exports)),
         ]
         if fault_threads is not None:
             self._options.append(f"--fault-threads={fault_threads}")
@@ -275,6 +279,7 @@ class Coordinator:
         if link is not None:
             link.close()
         self.pid = self.socket = None
+        self.exports = ()
 
     def _end_process(self, process: subprocess.Popen[bytes]) -> None:
         """What was started is the keeper by now: it passes SIGTERM on to its child, the coordinator, and ends after."""
@@ -317,10 +322,10 @@ class Coordinator:
     def _handle(self, link: _Link, message: Mapping[str, Any]) -> None:
         kind = str(message.get("event"))
         if kind == "ready":
-            self.pid, self.socket = message["pid"], message["socket"]
+            self.pid, self.socket, self.exports = message["pid"], message["socket"], tuple(message["exports"])
             self._settle(None)
         elif kind == "failed":
-            self._settle(_failure(message))
+            self._settle(errors.from_json(message))
         else:
             refusal = self._notify(_event(kind, message))
             if "id" in message:
@@ -363,6 +368,11 @@ def _unique_name() -> str:
     return f"run-{os.getpid()}-{secrets.token_hex(4)}"
 
 
+def _each(texts: Iterable[str] | str) -> Iterable[str]:
+    """One text alone stands for itself, not for its characters."""
+    return [texts] if isinstance(texts, str) else texts
+
+
 def _check_stream(stream: str) -> None:
     """Here, because the coordinator's own refusal of an option is words for a terminal."""
     if stream not in ("eager", "lazy", "paused"):
@@ -403,14 +413,6 @@ def _signals_blocked() -> Iterator[None]:
 
 def _event(kind: str, message: Mapping[str, Any]) -> Event:
     return Event(kind, message.get("block"), message.get("state"), message.get("reason"))
-
-
-def _failure(message: Mapping[str, Any]) -> errors.PcshareError:
-    """The coordinator's refusal as the class it had there; by its exit code where the class is not one of ours."""
-    kind = getattr(errors, str(message.get("type")), None)
-    if not (isinstance(kind, type) and issubclass(kind, errors.PcshareError)):
-        kind = _BY_EXIT.get(int(message.get("exit") or 0), errors.PcshareError)
-    return kind(str(message.get("error")), errno=message.get("errno"), hint=message.get("hint"))
 
 
 def _await_end(pid: int) -> None:

@@ -136,10 +136,13 @@ def run_helper(served: Serving, program: str, *arguments: object) -> Finished:
 
 
 @contextlib.contextmanager
-def coordinator(*sources: str, name: str | None = None, options: Sequence[str] = ()) -> Iterator[Serving]:
-    """A coordinator of these blocks (BLOCK=SOURCE), ready when the body starts, ended by SIGTERM when it is left."""
+def coordinator(
+    *sources: str, name: str | None = None, options: Sequence[str] = (), within: Sequence[str] = ()
+) -> Iterator[Serving]:
+    """A coordinator of these blocks (BLOCK=SOURCE), ready when the body starts, ended by SIGTERM when it is left.
+    within: words of a command that runs another one in its place."""
     name = name or f"test-{os.getpid()}-{time.monotonic_ns() % 10**9}"
-    command = [sys.executable, "-m", "pcshare", "coordinator", f"--name={name}", "--json"]
+    command = [*within, sys.executable, "-m", "pcshare", "coordinator", f"--name={name}", "--json"]
     if os.geteuid():
         command.append("--debug")  # else psutil could not count for us
     with tempfile.TemporaryFile() as log:

@@ -72,6 +72,14 @@ def test_unknown_option_is_wrong_usage() -> None:
     assert _doctor("--nonsense").returncode == 2
 
 
+def test_what_is_said_of_a_source_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No smiley for what stands between colons."""
+    monkeypatch.setenv("PCSHARE_SSH", "false")
+    done = _doctor("data=host:x")
+    assert done.returncode == 1
+    assert "data=host:x\n    host:x: the NBD server hung up" in done.stdout
+
+
 @needs_seccomp
 @pytest.mark.parametrize("answer", ["EPERM", "ENOSYS", "kill"])
 def test_doctor_without_userfaultfd_exits_3_and_names_the_cure(answer: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import pickle
 
 import pytest
@@ -51,6 +52,30 @@ def test_timeouts_and_refusals_are_also_pythons_own() -> None:
         errors.check(-errno.ETIMEDOUT, "attach")
     with pytest.raises(PermissionError):
         errors.check(-errno.EACCES, "attach")
+
+
+@pytest.mark.parametrize("error", [errors.UsageError("a", hint="b"), errors.HostError("c", errno=65)])
+def test_error_comes_out_of_json_as_it_went_in(error: errors.PcshareError) -> None:
+    again = errors.from_json(json.loads(json.dumps(errors.to_json(error))))
+    assert (type(again), again.message, again.errno, again.hint) == (
+        type(error),
+        error.message,
+        error.errno,
+        error.hint,
+    )
+
+
+def test_error_of_a_class_that_is_not_known_here_comes_as_the_nearest() -> None:
+    class Odd(errors.HostError):
+        pass
+
+    class Unknown(errors.SourceError):
+        pass
+
+    assert type(errors.from_json(errors.to_json(Odd("x")))) is errors.HostError
+    assert type(errors.from_json(errors.to_json(Unknown("x")))) is errors.SourceError
+    assert type(errors.from_json({"type": "Strange", "error": "x", "exit": errors.EXIT_USAGE})) is errors.UsageError
+    assert type(errors.from_json(errors.to_json(OSError(2, "x")))) is errors.PcshareError
 
 
 def test_check_returns_what_is_no_failure() -> None:

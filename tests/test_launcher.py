@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import pcshare
 from pcshare import errors, launcher, runtime
 from pcshare.launcher import Event
+from pcshare.nbd.client import negotiate
 from pcshare.status import read_status
 from support import wait_until
 
@@ -37,6 +39,16 @@ def source(tmp_path: Path) -> Path:
 
 def is_gone(name: str) -> bool:
     return name not in runtime.names() and runtime.find_socket(name) is None
+
+
+def nbd_read(address: str, export: str) -> bytes:
+    """What an export on a Unix socket or HOST:PORT holds."""
+    family = socket.AF_UNIX if "/" in address else socket.AF_INET
+    host, _, port = address.rpartition(":")
+    with socket.socket(family) as connection:
+        connection.connect(address if "/" in address else (host, int(port)))
+        with negotiate(connection, export, time.monotonic() + TIMEOUT_S) as session:
+            return session.read(0, session.export.size, time.monotonic() + TIMEOUT_S)
 
 
 # -- life
@@ -86,6 +98,27 @@ def test_blocks_come_in_the_forms_of_the_command_line(source: Path, form: str) -
     assert ("more" in found) == (form in ("mapping", "sequence"))
     (data,) = (block for name, block in found.items() if name != "more")
     assert data.page_count == PAGES
+
+
+def test_blocks_are_exported_at_the_addresses_that_it_tells(source: Path, runtime_dir: Path) -> None:
+    path = str(runtime_dir / "x.sock")
+    coordinator = pcshare.Coordinator(blocks={"data": str(source)}, exports=[path, "127.0.0.1:0"], stream="lazy")
+    with coordinator:
+        first, second = coordinator.exports
+        assert first == path
+        for address in (first, second):
+            assert nbd_read(address, "data") == source.read_bytes()
+    assert not coordinator.exports
+    with pcshare.Coordinator(blocks=str(source), exports=path) as alone:
+        assert alone.exports == (path,)
+
+
+def test_address_that_is_taken_is_the_error_it_is(source: Path, runtime_dir: Path) -> None:
+    with (
+        pcshare.Coordinator(blocks=str(source), exports=f"{runtime_dir}/x.sock"),
+        pytest.raises(errors.NameInUse, match="somebody listens"),
+    ):
+        pcshare.Coordinator(blocks=str(source), exports=f"{runtime_dir}/x.sock").start()
 
 
 def test_options_reach_the_coordinator(source: Path) -> None:

@@ -5,11 +5,13 @@ Promises P1, P3 and P6: no wrong byte, every fault ends or waits visibly, and on
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
 import re
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -21,13 +23,15 @@ import psutil
 import pytest
 
 from pcshare.nbd.wire import Command
+from pcshare.page_channel import NbdChannel, free_channel
 from pcshare.protocol import AdminOp
-from pcshare.sources import link
+from pcshare.sources import child, link, parse_argument
 from pcshare.sources.link import BACKOFF_MAX_S, BACKOFF_S
 from support import wait_until
 from support_nbd import Handshake, Peer, Request, Script, ScriptedServer, nbdkit, serve_reads
 from support_serving import EAGER, LAZY, PAGE, WAIT_S, HelperProcess, Serving, make_file, serving
 
+MIB = 1 << 20
 N_PAGES = 600
 LENGTH = N_PAGES * PAGE - 99
 PROBE_BYTES_MAX = 512  # a link asks a server that comes back for as little as it may
@@ -294,6 +298,63 @@ def test_the_reason_tells_how_a_command_ended(slow_retries: None, folder: Path, 
         wait_for_reason(served, r"exit code 7; trying again")
 
 
+def test_a_block_looks_paused_before_its_process_has_ended(
+    slow_retries: None, runtime_dir: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P3: a process may take its time after its connection was lost."""
+    monkeypatch.setattr(child, "LINGER_S", 3.0)
+    script = f"nbdkit -s --filter=multi-conn file {data_file} multi-conn-mode=disable; exec sleep 1000 <&- >&-"
+    with serving(f'data=exec:sh -c "{script}"', stream_mode=LAZY) as served:
+        started_s = time.monotonic()
+        os.kill(nbdkit_pid(), signal.SIGKILL)
+        wait_for_reason(served, "is away: the server hung up; trying again")
+        assert time.monotonic() - started_s < child.LINGER_S
+
+
+def test_processes_of_several_blocks_are_ended_side_by_side(
+    runtime_dir: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P7: those that want no end take their time, and a coordinator has as little for ten blocks as for one."""
+    monkeypatch.setattr(child, "LINGER_S", 0.5)
+    monkeypatch.setattr(child, "TERMINATE_S", 0.5)
+    script = f"trap : TERM; nbdkit -s file {data_file}; while :; do sleep 1000; done"
+    n_blocks, n_connections = 5, 2
+    with serving(*(f'b{i}=exec:sh -c "{script}"' for i in range(n_blocks)), stream_mode=LAZY) as served:
+        wait_until(
+            lambda: len(_running("nbdkit")) == n_blocks * n_connections, "a demand connection of each block", WAIT_S
+        )
+        started_s = time.monotonic()
+        served.close()
+        one_after_the_other_s = n_blocks * n_connections * (child.LINGER_S + child.TERMINATE_S)
+        assert time.monotonic() - started_s < one_after_the_other_s / 2
+
+
+def test_a_connection_that_the_channel_does_not_take_is_ended(runtime_dir: Path, data_file: Path) -> None:
+    """P7: it has a primary one already; the link comes again and again, and no process stays behind."""
+    starts = data_file.with_suffix(".starts")
+    starts.touch()
+    script = f"echo >> {starts}; exec nbdkit -s file {data_file}"
+    made = link.Link(parse_argument(f'data=exec:sh -c "{script}"').equivalents, lambda session: session.export, WAIT_S)
+    ours, theirs = socket.socketpair()
+    with ours, contextlib.closing(made):
+        made.open()
+        channel = NbdChannel(size=LENGTH, alignment=PAGE, length_max=MIB, reply_timeout_ms=30_000, server_count=1)
+        channel.connect(theirs.detach(), demand=False, structured=True)
+        made.serve(channel, link.Need(LENGTH, PAGE, MIB))
+        wait_until(lambda: starts.read_text().count("\n") >= 4, "several attempts", WAIT_S)
+        wait_until(lambda: not _running("nbdkit"), "an end of the processes that were not taken", WAIT_S)
+    free_channel(channel.pointer)
+
+
+def _running(name: str) -> list[int]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.name() == name and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
 # -- several servers
 
 
@@ -476,6 +537,35 @@ def test_what_a_source_lost_for_too_long_holds_is_sigbus_and_comes_when_it_is_ba
         served.wait_for_state("RUNNING")
         assert other.do(f"read(b, {5 * PAGE})") == content[5 * PAGE :][:1]
         check_all(served, other, content)
+
+
+def test_a_process_that_does_not_begin_to_answer_is_given_up_in_time(runtime_dir: Path, data_file: Path) -> None:
+    """P3: its start may take longer than the handshake of a server that runs, but not longer than the policy says."""
+    once = data_file.with_suffix(".once")
+    script = f"test -e {once} && exec sleep 1000; touch {once}; exec nbdkit -s --filter=multi-conn file {data_file}"
+    source = f'data=exec:sh -c "{script} multi-conn-mode=disable"'
+    with serving(source, stream_mode=LAZY, poison=True, source_timeout_s=0.5) as served:
+        helper = attached(served)
+        started_s = time.monotonic()
+        os.kill(nbdkit_pid(), signal.SIGKILL)
+        helper.start(f"read(b, {5 * PAGE})")
+        assert -helper.wait_for_end() == signal.SIGBUS
+        assert time.monotonic() - started_s < link.HANDSHAKE_TIMEOUT_S
+
+
+def test_all_that_is_lost_at_once_is_said_once(
+    folder: Path, tmp_path: Path, rng: random.Random, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A block has more pages than a log has room for lines."""
+    rate = ["--filter=rate", "file", make_file(tmp_path, rng, 64 * MIB), "rate=100K"]
+    with nbdkit(folder, *rate) as server:
+        source = f"data={server.uri()}"
+        with serving(source, stream_mode=EAGER, poison=True, source_timeout_s=0.1) as served:
+            server.kill()
+            wait_for_reason(served, "it lost [0-9]+ pages")
+            assert served.block().lost_pages > 1
+            assert sum("touching what it lost is SIGBUS" in record.message for record in caplog.records) == 1
+            server.start()
 
 
 def test_a_source_that_is_back_in_time_loses_nothing(folder: Path, data_file: Path, content: bytes) -> None:

@@ -134,9 +134,10 @@ def test_port_in_use_is_refused_and_nothing_stays_open(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_host_that_nobody_knows_is_wrong_usage() -> None:
-    with pytest.raises(UsageError):
-        Listening(parse_address("no-such-host.invalid:10809"))
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "no..such", "x" * 80])
+def test_host_that_nobody_knows_is_wrong_usage(host: str) -> None:
+    with pytest.raises(UsageError, match=host):
+        Listening(parse_address(f"{host}:10809"))
 
 
 def test_address_of_another_machine_is_told() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from pcshare.nbd.server import Exports
-from pcshare.nbd.wire import ExtentFlag
+from pcshare.nbd.wire import NBD_MAGIC, ExtentFlag
 from pcshare.serve.extents import DATA, EXTENTS_MAX, HOLE, Ranges, merged, with_holes
 from pcshare.serve.files import PIECE_BYTES, FileExport
 from support import needs
@@ -209,6 +209,18 @@ def test_stdio_over_pipes_ends_with_its_client(big: Path) -> None:
         assert process.wait(TIMEOUT_S) == 0
         client.close()
         assert (pump.wait(TIMEOUT_S), back.wait(TIMEOUT_S)) == (0, 0)
+
+
+def test_stdio_of_which_only_the_input_is_a_socket_is_answered_at_the_output(big: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with subprocess.Popen(
+        [*PCSHARE, "serve", "--stdio", str(big)], stdin=theirs.fileno(), stdout=subprocess.PIPE
+    ) as process:
+        theirs.close()
+        assert process.stdout is not None
+        with ours:
+            assert process.stdout.read(8) == NBD_MAGIC.to_bytes(8, "big")
+        assert process.wait(TIMEOUT_S) == 0
 
 
 # -- its life

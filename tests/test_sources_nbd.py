@@ -274,9 +274,11 @@ def test_holes_that_are_not_told_in_time_are_data(folder: Path, monkeypatch: pyt
         ("nbd+unix:///x?socket=" + "x" * 200, errno.EINVAL, "too long"),
         ("nbd://127.0.0.1:{port}/x", errno.ECONNREFUSED, "Connection refused"),
         ("nbd://no.such.host.invalid/x", errno.EHOSTUNREACH, "no.such.host.invalid: "),
+        ("nbd://no..such.host/x", errno.EHOSTUNREACH, "no..such.host: no name of a host"),
         ("exec:no-such-program-here", errno.ECONNRESET, "hung up.*exit code 127"),
         ("exec:false", errno.ECONNRESET, "hung up.*exit code 1"),
         ("exec:sh -c 'kill -9 $$'", errno.ECONNRESET, "hung up.*ended by SIGKILL"),
+        ("exec:sh -c 'kill -40 $$'", errno.ECONNRESET, "hung up.*ended by signal 40"),
         ("exec:echo hello, who is there", errno.EPROTO, "garbled"),
     ],
 )

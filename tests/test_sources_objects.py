@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import os
 import pty
 import random
@@ -27,6 +28,10 @@ import pytest
 from pcshare.errors import EXIT_DONE, EXIT_FAILED, EXIT_HOST, EXIT_USAGE, SourceError
 from pcshare.serve.object_filesystem import _Looks
 from pcshare.serve.object_reader import shown
+from pcshare.sources import endpoint
+from pcshare.sources.command import command_of
+from pcshare.sources.grammar import ObjectTarget
+from support import wait_until
 from support_coordinator import coordinator, run_helper
 from support_objects import (
     BUCKET,
@@ -38,11 +43,13 @@ from support_objects import (
     WebObject,
     WebRequest,
     WebServer,
+    clean_environment,
     copy_by_libnbd,
     dead_port,
     mute_port,
     s3_server,
 )
+from support_serving import LAZY, serving
 
 MIB = 1 << 20
 ODD = 3 * MIB + 12345  # not a whole number of pages
@@ -520,6 +527,69 @@ def test_array_of_a_store_is_a_block(s3: S3Server, monkeypatch: pytest.MonkeyPat
         assert finished.returncode == 0, finished.stderr
         assert finished.report["result"] == hashlib.sha256(packed.getvalue()).hexdigest()
         assert served.block("weights").used_length == len(packed.getvalue())
+
+
+def start_fails(url: str, **env: str) -> tuple[int, str]:
+    """Exit code of a coordinator that cannot start with this source, and what is said of it."""
+    command = [sys.executable, "-m", "pcshare", "coordinator", "--name=none", f"data={url}"]
+    done = subprocess.run(
+        command, env=clean_environment(**env), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.usefixtures("runtime_dir")
+def test_missing_package_is_what_a_coordinator_says_of_its_start(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['obstore'] = sys.modules['fsspec'] = None\n")
+    code, said = start_fails("s3://bucket/key", PYTHONPATH=str(tmp_path))
+    assert code == EXIT_HOST
+    assert said == "pcshare: s3://bucket/key: needs the Python package obstore\n  pip install 'pcshare[objects]'\n"
+
+
+@pytest.mark.usefixtures("runtime_dir")
+def test_what_the_provider_found_is_all_that_a_coordinator_says(s3: S3Server) -> None:
+    code, said = start_fails(f"s3://{BUCKET}/nothing", **s3.environment)
+    assert code == EXIT_FAILED
+    assert said.startswith(f"pcshare: s3://{BUCKET}/nothing: no such object\n  ")
+    assert "hung up" not in said
+
+
+@pytest.mark.usefixtures("runtime_dir")
+def test_doctor_tells_a_missing_package_from_a_source_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['obstore'] = sys.modules['fsspec'] = None\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pcshare", "doctor", "--json", "s3://bucket/key", "zero:4K", str(tmp_path / "none")],
+        env=clean_environment(PYTHONPATH=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    sources = json.loads(done.stdout)["sources"]
+    assert (done.returncode, [one["ok"] for one in sources]) == (EXIT_HOST, [False, True, False])
+    assert sources[0]["hint"] == "pip install 'pcshare[objects]'"
+
+
+@pytest.mark.usefixtures("runtime_dir")
+def test_outage_is_told_by_the_provider_while_the_block_is_paused(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its 25 s until it gives up a read are cut short: the test is about what is said then."""
+    words = command_of
+
+    def with_timeout(target: ObjectTarget) -> list[str]:
+        return [*words(target), "1"]
+
+    monkeypatch.setattr(endpoint, "command_of", with_timeout)
+    served = WebObject(b"a" * 8192)
+    with WebServer(served) as server, serving(f"data=http://{server.place}/x", stream_mode=LAZY) as coordinated:
+        helper = coordinated.helper()
+        helper.do("b = attach()")
+        served.fail = lambda request: 503
+        pending = helper.start("read(b, 0)")
+        wait_until(lambda: "the server answered 503" in coordinated.block().reason, "the store's own answer", 30)
+        served.fail = lambda request: 0
+        assert pending.result() == b"a"
+    assert "pcshare: http://" not in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("runtime_dir")

@@ -85,7 +85,7 @@ def command(**given: Any) -> int:
 
 def _run(parent: ParentLink | None, as_json: bool, debug: bool, given: dict[str, Any]) -> int:
     from pcshare import keeper
-    from pcshare.coordinator import Server, stop_signals
+    from pcshare.coordinator import Server
 
     chosen = _options(given)
     socket_fd = keeper.inherited_socket()
@@ -95,7 +95,7 @@ def _run(parent: ParentLink | None, as_json: bool, debug: bool, given: dict[str,
     _protect(debug)
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="pcshare: %(message)s")
     server = Server(chosen, keeper.Keeper(socket_fd), parent)
-    with stop_signals(server.stop), server:
+    with options.stop_signals(server.stop), server:
         if parent is None:
             _say_ready(server, as_json)
         server.run()

@@ -11,7 +11,7 @@ import click
 
 from pcshare import units
 from pcshare.cli.options import json_option, print_json
-from pcshare.errors import EXIT_DONE, EXIT_FAILED, EXIT_HOST, SourceError
+from pcshare.errors import EXIT_DONE, EXIT_HOST, HostError, PcshareError, SourceError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +35,7 @@ def command(sources: tuple[str, ...], as_json: bool) -> int:
     long a page takes and how fast the rest would come. It reads for about a second.
 
     Exit status: 0 the main job works for this user here, or every source can be read; 1 a source cannot; 3 the main job
-    does not work.
+    does not work, or this host lacks what a source needs.
 
     \b
     Examples:
@@ -55,11 +55,13 @@ def _examine_sources(texts: tuple[str, ...], as_json: bool) -> int:
 
     from pcshare.sources import parse_argument
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     told: list[dict[str, Any]] = []
+    status = EXIT_DONE
     for spec in [parse_argument(text) for text in texts]:
         report = _examine_source(spec)
-        if isinstance(report, SourceError):
+        if isinstance(report, PcshareError):
+            status = max(status, report.exit_status)
             told.append({"source": spec.text, "ok": False, "error": report.message, "hint": report.hint})
         else:
             told.append({"ok": True, **report.to_json()})
@@ -67,28 +69,28 @@ def _examine_sources(texts: tuple[str, ...], as_json: bool) -> int:
             _show_source(console, spec.text, report)
     if as_json:
         print_json({"ok": all(one["ok"] for one in told), "sources": told})
-    return EXIT_DONE if all(one["ok"] for one in told) else EXIT_FAILED
+    return status
 
 
-def _examine_source(spec: SourceSpec) -> SourceReport | SourceError:
+def _examine_source(spec: SourceSpec) -> SourceReport | PcshareError:
     from pcshare.sources import examine_source, open_source
 
     try:
         with open_source(spec) as source:
             return examine_source(source)
-    except SourceError as error:
+    except (SourceError, HostError) as error:
         return error
 
 
-def _show_source(console: Console, text: str, report: SourceReport | SourceError) -> None:
+def _show_source(console: Console, text: str, report: SourceReport | PcshareError) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    failed = isinstance(report, SourceError)
+    failed = isinstance(report, PcshareError)
     verdict = Text("bad " if failed else "ok  ", style=STYLES["bad" if failed else "ok"])
     console.print(Text.assemble(verdict, text), soft_wrap=True)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
-    if isinstance(report, SourceError):
+    if isinstance(report, PcshareError):
         console.print(f"    {report}", markup=False, soft_wrap=True)
         return
     for what, found in _lines_of(report):
@@ -135,7 +137,7 @@ def _show(report: HostReport, findings: list[Finding], works: bool) -> None:
 
     from pcshare import probe
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     table = Table(box=None, pad_edge=False)
     for heading in ("", "what", "for whom", "finding"):
         table.add_column(heading, overflow="fold")

@@ -29,6 +29,7 @@ STREAM_MODES = {"eager": 0, "lazy": 1, "rate": 2, "paused": 3}
 PAGE_SIZES = (4 << 10, 2 << 20)
 FAULT_THREADS_MAX = 64  # as in core/fault_thread.h
 EXIT_SIGNAL = 128
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _Parsed(_ParamType):
@@ -152,6 +153,18 @@ def coordinator_options(function: Decorated) -> Decorated:
 def print_json(told: Mapping[str, Any]) -> None:
     """One object on one line."""
     click.echo(json.dumps(told))
+
+
+@contextlib.contextmanager
+def stop_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP call stop: held from before the start until after the end, so that none of them cuts
+    off the clearing up. For the main thread of a command that serves and does nothing else."""
+    before = {number: signal.signal(number, lambda *_: stop()) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -8,21 +8,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from pcshare import errors
-from pcshare.cli.options import json_option, print_json
+from pcshare.cli.options import ending_signals_raise, json_option, print_json, stop_signals
 
 if TYPE_CHECKING:
     from pcshare.nbd.address import Listening
-    from pcshare.nbd.server import Exports, Server
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    from pcshare.nbd.server import Exports
 
 
 @click.command()
@@ -62,11 +59,12 @@ def _serve(files: Sequence[str], address: str | None, as_json: bool) -> int:
     from pcshare.nbd.server import Server, stdio_stream
 
     with contextlib.ExitStack() as closing:
+        closing.enter_context(ending_signals_raise())  # before there is a server to stop, and after
         exports = _exports(files)
         closing.callback(exports.close)
         listening = None if address is None else closing.enter_context(Listening(parse_address(address)))
         server = closing.enter_context(Server(exports, listening.sockets if listening else ()))
-        closing.enter_context(_signals_stop(server))
+        closing.enter_context(stop_signals(server.stop))
         if listening is None:
             server.adopt(stdio_stream())
         else:
@@ -97,16 +95,6 @@ def _exports(files: Sequence[str]) -> Exports:
             export.close()
         raise
     return Exports(opened.values())
-
-
-@contextlib.contextmanager
-def _signals_stop(server: Server) -> Iterator[None]:
-    before = {number: signal.signal(number, lambda *_: server.stop()) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _say_ready(exports: Exports, listening: Listening, as_json: bool) -> None:

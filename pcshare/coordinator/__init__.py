@@ -8,6 +8,6 @@ rule of two languages in docs/explanation/architecture.md.
 from __future__ import annotations
 
 from pcshare.coordinator.options import Options
-from pcshare.coordinator.server import Server, stop_signals
+from pcshare.coordinator.server import Server
 
-__all__ = ["Options", "Server", "stop_signals"]
+__all__ = ["Options", "Server"]

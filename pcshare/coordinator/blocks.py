@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from pcshare.coordinator.links import LinkReports
-from pcshare.coordinator.opening import open_sources
+from pcshare.coordinator.opening import close_sources, open_sources
 from pcshare.coordinator.options import Options
 from pcshare.errors import NoSuchBlock, UsageError
 from pcshare.fault_thread import EventKind, FaultEvent, FaultThreads
@@ -99,8 +99,7 @@ class Blocks:
         try:
             self._check_writable(opened)
         except BaseException:
-            for source in opened:
-                source.close()
+            close_sources(opened)
             raise
         warn_if_larger_than_memory(opened)
         return opened
@@ -202,7 +201,8 @@ class Blocks:
         self._show(block)
 
     def _note(self, block: Block, reason: str) -> None:
-        if block.state is State.END:
+        """The first since the start or the last resume: all that a source lost may follow, read by read."""
+        if block.state is State.END or block.note:
             return
         log.warning("block %s: %s", block.idstr, reason)
         block.note = reason
@@ -260,7 +260,7 @@ class Blocks:
         """What Python holds of them; their memory goes with the fault threads."""
         for block in self:
             block.ram.close()
-            block.source.close()
+        close_sources([block.source for block in self])
 
 
 def _shortened(text: str) -> str:

@@ -1,6 +1,6 @@
 """opening: all sources of a coordinator at once, since those that others serve may take seconds each.
 
-Opens, and closes again if one fails or nobody wants them any more; makes no block and knows no policy.
+Opens, and closes again if one fails, or when nobody wants them any more; makes no block and knows no policy.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import contextlib
 import errno
 import select
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from pcshare.errors import PcshareError
@@ -43,14 +43,12 @@ class _Opening:
 
     def take(self) -> OpenedSource:
         """The source, which is the caller's now."""
-        self._thread.join()
+        self.join()
         assert self.source is not None
         return self.source
 
-    def undo(self) -> None:
+    def join(self) -> None:
         self._thread.join()
-        if self.source is not None:
-            self.source.close()
 
 
 def open_sources(specs: Sequence[SourceSpec], stopped: _HasFileno) -> list[OpenedSource]:
@@ -67,9 +65,20 @@ def open_sources(specs: Sequence[SourceSpec], stopped: _HasFileno) -> list[Opene
         return [opening.take() for opening in openings]
 
 
+def close_sources(sources: Iterable[OpenedSource]) -> None:
+    """All at once, too: a process behind one may take seconds to end. Twice is fine."""
+    with signals_blocked():
+        threads = [threading.Thread(target=source.close, name="pcshare-closing") for source in sources]
+        for thread in threads:
+            thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def _undo(openings: list[_Opening]) -> None:
     for opening in openings:
-        opening.undo()
+        opening.join()
+    close_sources(opening.source for opening in openings if opening.source is not None)
 
 
 def _wait_for(openings: list[_Opening], told: Wakeup, stopped: _HasFileno) -> None:

@@ -14,7 +14,7 @@ import socket
 import time
 from typing import Any
 
-from pcshare.errors import PcshareError, Vetoed, exit_code
+from pcshare.errors import Vetoed, to_json
 from pcshare.notifier import Change, Notice
 
 LINE_BYTES_MAX = 1 << 16  # an answer is a few hundred bytes
@@ -40,14 +40,7 @@ class ParentLink:
             self._socket.sendall(json.dumps(event).encode() + b"\n")
 
     def tell_failure(self, error: BaseException) -> None:
-        self.send(
-            event="failed",
-            type=type(error).__name__,
-            error=error.message if isinstance(error, PcshareError) else str(error),
-            hint=error.hint if isinstance(error, PcshareError) else None,
-            errno=getattr(error, "errno", None),
-            exit=exit_code(error),
-        )
+        self.send(event="failed", **to_json(error))
 
     def notify(self, notice: Notice) -> None:
         """The notifier that passes on what the chain is told; Vetoed where the parent refuses a PROBE."""

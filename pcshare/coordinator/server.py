@@ -13,10 +13,9 @@ import logging
 import os
 import resource
 import selectors
-import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 from pcshare import fds, probe, runtime, status
@@ -24,6 +23,7 @@ from pcshare.coordinator.blocks import Blocks
 from pcshare.coordinator.exports import Exports
 from pcshare.coordinator.handshake import Handshake
 from pcshare.coordinator.helpers import Helpers
+from pcshare.coordinator.opening import close_sources
 from pcshare.coordinator.options import STREAM_EAGER, STREAM_LAZY, STREAM_PAUSED, STREAM_RATE, Options
 from pcshare.coordinator.parent import ParentLink
 from pcshare.errors import PcshareError, UsageError
@@ -41,7 +41,6 @@ log = logging.getLogger("pcshare")
 REAP_INTERVAL_S = 0.25  # how soon after its death a helper without a socket is let go
 HANDSHAKES_MAX = 256  # connections that have not attached yet
 SOCKET_MODE, SHARED_SOCKET_MODE = 0o600, 0o666  # shared: SO_PEERCRED decides
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _BLOCK_EVENTS = (
     EventKind.BLOCK_COMPLETE,
@@ -106,7 +105,7 @@ class Server:
         self.blocks = Blocks(options, self._segment, self.notifiers, self._tell_state)
         self._closing.callback(self.blocks.links.close)
         opened = self.blocks.open_sources(self._stop_read)
-        self._closing.callback(_close_all, opened)
+        self._closing.callback(close_sources, opened)
         for source in opened:
             self.notifiers.notify(Change.PROBE, source.spec.block)
         self._start_serving(opened)
@@ -115,6 +114,7 @@ class Server:
             self._closing.callback(self.exports.close)  # before the helpers, of which the exporter is one
             self.exports.start(path, options.name, self.blocks)
             self._watch(self.exports, self.exports.handle)
+        self._tell_ready(path)
 
     def _check_poison(self, report: probe.HostReport) -> None:
         if self.options.poison and "POISON" not in report.features:
@@ -168,6 +168,8 @@ class Server:
             self._watch(self._parent, self._parent_spoke)
         self._accept_more(True)
         self._take_events()
+
+    def _tell_ready(self, path: str) -> None:
         if self._parent is not None:
             self._parent.send(
                 event="ready",
@@ -175,6 +177,7 @@ class Server:
                 pid=os.getpid(),
                 socket=path,
                 blocks=[block.idstr for block in self.blocks],
+                exports=self.exports.addresses,
             )
 
     def _watch(self, source: _HasFileno, call: Callable[[], None]) -> None:
@@ -367,11 +370,6 @@ class Server:
         self.close()
 
 
-def _close_all(opened: list[OpenedSource]) -> None:
-    for source in opened:
-        source.close()
-
-
 def _cpus(wanted: int | None) -> list[int]:
     """One pinned thread a CPU; more threads than CPUs are not pinned."""
     cpus = sorted(os.sched_getaffinity(0))
@@ -385,15 +383,3 @@ def _raise_fd_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-@contextlib.contextmanager
-def stop_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP call stop: held from before the start until after the end, so that none of them cuts
-    off the clearing up. For the main thread of a process that is a coordinator and nothing else."""
-    before = {number: signal.signal(number, lambda *_: stop()) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

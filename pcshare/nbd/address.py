@@ -180,8 +180,9 @@ def _resolve(address: Address) -> list[tuple[int, tuple[Any, ...]]]:
                 host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             ):
                 found[family, where] = None
-    except socket.gaierror as error:
-        raise UsageError(f"{address}: {error.strerror}", hint=_HINT) from None
+    except (socket.gaierror, UnicodeError) as error:
+        text = error.strerror if isinstance(error, socket.gaierror) else "no name of a host"
+        raise UsageError(f"{address}: {text}", hint=_HINT) from None
     return list(found)
 
 

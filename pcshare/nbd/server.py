@@ -193,6 +193,8 @@ def stdio_stream() -> Stream:
     os.dup2(nowhere, 0)
     os.close(nowhere)
     os.dup2(2, 1)
+    if not os.path.samestat(os.fstat(in_fd), os.fstat(out_fd)):
+        return Stream.of_pipes(in_fd, out_fd)
     try:
         end = socket.socket(fileno=os.dup(in_fd))
     except OSError:

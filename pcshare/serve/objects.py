@@ -2,9 +2,10 @@
 stdout, for one object of a store (s3://, gs://, az://, https://, and whatever fsspec knows).
 
 A process of its own, because the libraries it needs are large, are other people's, and wait where they like. What is
-wrong at the start is one line on stderr before the first byte of the handshake. What is wrong later is the answer to
-the read (EIO: the object changed) or, if the store cannot be reached, the end of the process and of the connection:
-whoever reads comes again, and compares the description, which names the object's state, with the one before.
+wrong at the start ends it before the first byte of the handshake; its last words say why, to the link that started it
+or on one line of stderr. What is wrong later is the answer to the read (EIO: the object changed) or, if the store
+cannot be reached, the end of the process and of the connection: whoever reads comes again, and compares the
+description, which names the object's state, with the one before.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
-from pcshare.errors import EXIT_DONE, EXIT_FAILED, EXIT_HOST, EXIT_USAGE, HostError, PcshareError, SourceError
+from pcshare.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, PcshareError, SourceError
 from pcshare.nbd.export import Export, Exports, Piece
 from pcshare.nbd.server import serve_stdio
 from pcshare.nbd.wire import NAME_LENGTH_MAX
 from pcshare.serve import object_filesystem, object_store
 from pcshare.serve.object_reader import READ_TIMEOUT_S, READS_MAX, ObjectReader, Outage, package_missing, shown
+from pcshare.sources.child import leave_last_words
 
 USAGE = "usage: python -P -m pcshare.serve.objects URL [TIMEOUT_S]   with a socket as standard input and output"
 PIECE_BYTES = 4 << 20  # of a longer read: one connection to a store is slower than several
@@ -81,8 +83,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         reader = open_object(url, timeout_s)
     except PcshareError as error:
-        _say(str(error))
-        return EXIT_HOST if isinstance(error, HostError) else EXIT_FAILED
+        _say_last(error)
+        return error.exit_status
     if reader.is_vague:
         _say(f"{shown(url)}: no ETag, no time: a change of the object that keeps its size would not be noticed")
     export = ObjectExport(url, reader, _end)
@@ -103,8 +105,13 @@ def _say(text: str) -> None:
     print(" ".join(f"pcshare: {text}".split()), file=sys.stderr, flush=True)
 
 
+def _say_last(error: PcshareError) -> None:
+    if not leave_last_words(error):
+        _say(str(error))
+
+
 def _end(error: Outage) -> NoReturn:
-    _say(str(error))
+    _say_last(error)
     os._exit(EXIT_FAILED)
 
 

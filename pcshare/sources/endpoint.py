@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pcshare.errors import SourceError
+from pcshare.errors import PcshareError, SourceError
 from pcshare.sources.child import Child
 from pcshare.sources.command import command_of
-from pcshare.sources.grammar import Target, TcpTarget, UnixTarget
+from pcshare.sources.grammar import ObjectTarget, Target, TcpTarget, UnixTarget
 from pcshare.sources.wakeup import StopFlag, shut_down
 
 # An idle connection whose other end has vanished without a word is found dead after these: 10 + 3 * 5 s.
@@ -48,6 +48,18 @@ class Connected:
         self.socket.close()
         return self.child.end() if self.child else ""
 
+    def explained(self, error: BaseException) -> BaseException:
+        """Ends it because of an error, and gives what is to be raised: with how the process ended, or what that said
+        itself if it is why the error came."""
+        ending = self.end()
+        if not isinstance(error, PcshareError):
+            return error
+        if self.child is not None and self.child.last_words is not None:
+            return self.child.last_words
+        if ending:
+            error.message = f"{error.message}; {ending}"
+        return error
+
 
 def connect(target: Target, deadline: float, stop: StopFlag) -> Connected:
     """A new connection, by then (time.monotonic()). SourceError with the reason, without the server's name."""
@@ -57,7 +69,7 @@ def connect(target: Target, deadline: float, stop: StopFlag) -> Connected:
             return Connected(_connect_tcp(target.host, target.port, deadline, stop))
         if isinstance(target, UnixTarget):
             return Connected(_connect_socket(socket.AF_UNIX, target.path, deadline, stop))
-        return Connected(*Child.spawn(command_of(target)))
+        return Connected(*Child.spawn(command_of(target), is_own=isinstance(target, ObjectTarget)))
     except TimeoutError:
         raise _refusal(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
     except OSError as error:
@@ -120,7 +132,7 @@ _Address = tuple[Any, Any, Any, Any, Any]
 
 
 def _addresses(host: str, port: int, deadline: float, stop: StopFlag) -> Iterable[_Address]:
-    with contextlib.suppress(socket.gaierror):  # a number needs nobody's answer
+    with contextlib.suppress(socket.gaierror, UnicodeError):  # a number needs nobody's answer
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     answers: queue.SimpleQueue[list[_Address] | OSError] = queue.SimpleQueue()
     # The resolver cannot be interrupted and has time limits of its own: a thread that nobody waits for asks it.

@@ -42,7 +42,6 @@ STEADY_S = 10.0  # a connection that lived so long was a good one: what follows 
 SOURCE_TIMEOUT_S = 30.0  # how long a source may be away before what is missing is lost, if that is the policy
 
 _CHILD_TARGETS = (ExecTarget, SshTarget, ObjectTarget)
-_CHILD_TIMEOUT_S = CONNECT_TIMEOUT_S + HANDSHAKE_TIMEOUT_S  # its start is part of the handshake
 
 Facts = TypeVar("Facts")
 
@@ -105,6 +104,11 @@ class _Line:
         """What is to be said about it beside the error: how its process ended."""
         self.session.close()
         return self.child.end() if self.child else ""
+
+    def explained(self, error: BaseException) -> BaseException:
+        """Ends it because of an error; what is to be raised."""
+        self.session.close()
+        return self.connected.explained(error)
 
 
 class _BackOff:
@@ -236,8 +240,7 @@ class Link(Generic[Facts]):
                 failures.append(error)
                 self._go_to_next()
         self._stop.check()
-        text = "; ".join(f"{server.text}: {e.message}" for server, e in zip(self._servers, failures, strict=True))
-        raise SourceError(text, errno=failures[0].errno, hint=failures[0].hint)
+        raise _all_failed(self._servers, failures)
 
     def _open_one(self) -> tuple[_Line, Facts]:
         line = self._connect(CONNECT_TIMEOUT_S, HANDSHAKE_TIMEOUT_S)
@@ -245,8 +248,7 @@ class Link(Generic[Facts]):
             with stoppable(line.connected, self._stop):
                 facts = self._learn(line.session)
         except BaseException as error:
-            _note(error, line.end())
-            raise
+            raise line.explained(error) from None
         if not line.session.usable:  # an answer is still to come, too late: the connection is of no use any more
             line.end()
             line = self._connect(CONNECT_TIMEOUT_S, HANDSHAKE_TIMEOUT_S)
@@ -283,20 +285,19 @@ class Link(Generic[Facts]):
 
     # -- connecting
 
-    def _connect(self, connect_s: float, handshake_s: float) -> _Line:
-        """A session with the server in use, with nothing outstanding."""
+    def _connect(self, connect_s: float, handshake_s: float, latest: float = math.inf) -> _Line:
+        """A session with the server in use, with nothing outstanding; at the latest then (time.monotonic())."""
         server = self._servers[self._at]
         if isinstance(server, _CHILD_TARGETS):
-            handshake_s = _CHILD_TIMEOUT_S
-        connected = connect(server, time.monotonic() + connect_s, self._stop)
+            handshake_s += connect_s  # the start of the process is part of it
+        connected = connect(server, min(latest, time.monotonic() + connect_s), self._stop)
         try:
             with stoppable(connected, self._stop):
-                session = negotiate(connected.socket, server.export, time.monotonic() + handshake_s)
+                session = negotiate(connected.socket, server.export, min(latest, time.monotonic() + handshake_s))
             self._stop.check()
             self._check_state(server, session.export.description)
         except BaseException as error:
-            _note(error, connected.end())
-            raise
+            raise connected.explained(error) from None
         return _Line(session, connected)
 
     def _check_state(self, server: Target, description: str) -> None:
@@ -309,15 +310,14 @@ class Link(Generic[Facts]):
 
     def _connect_again(self) -> _Line:
         """A session with a server that was lost: it must be the same as before, and answer."""
-        left_s = max(BACKOFF_S, self._lost_due - time.monotonic()) if self._may_give_up() else math.inf
-        line = self._connect(min(CONNECT_TIMEOUT_S, left_s), min(HANDSHAKE_TIMEOUT_S, left_s))
+        latest = max(self._lost_due, time.monotonic() + BACKOFF_S) if self._may_give_up() else math.inf
+        line = self._connect(CONNECT_TIMEOUT_S, HANDSHAKE_TIMEOUT_S, latest)
         try:
             self._check(line.session)
             with stoppable(line.connected, self._stop):
-                _ask_a_little(line.session, time.monotonic() + min(self._reply_timeout_s, left_s))
+                _ask_a_little(line.session, min(latest, time.monotonic() + self._reply_timeout_s))
         except BaseException as error:
-            _note(error, line.end())
-            raise
+            raise line.explained(error) from None
         return line
 
     def _check(self, session: Session) -> None:
@@ -336,7 +336,11 @@ class Link(Generic[Facts]):
     def _hand_over(self, line: _Line, *, demand: bool) -> _Line:
         assert self._channel is not None
         structured = line.session.export.structured
-        line.number = self._channel.connect(line.session.detach().detach(), demand=demand, structured=structured)
+        try:
+            line.number = self._channel.connect(line.session.detach().detach(), demand=demand, structured=structured)
+        except BaseException:
+            line.end()
+            raise
         line.since_s = time.monotonic()
         return line
 
@@ -377,10 +381,11 @@ class Link(Generic[Facts]):
         if time.monotonic() - primary.since_s >= STEADY_S:
             self._lost_due = math.inf
             self._backoff.reset()
-        reason = _with(event.text, primary.end())
+        self._tell(LinkState(True, event.text, self._server))  # before what may take seconds
+        ending = primary.end()
         if demand is not None:
             demand.end()
-        self._lose(reason)
+        self._lose(f"{event.text}; {ending}" if ending else event.text)
 
     def _lose(self, reason: str) -> None:
         now = time.monotonic()
@@ -429,7 +434,7 @@ class Link(Generic[Facts]):
             except PcshareError as error:
                 if self._stop.is_set:
                     return
-                failures.append(error.message if len(self._servers) == 1 else f"{self._server}: {error.message}")
+                failures.append(error.message if len(self._servers) == 1 else _named(self._server, error.message))
                 self._go_to_next()
         self._primary_due = time.monotonic() + self._backoff.next_s()
         self._tell(LinkState(True, "; ".join(failures), self._names(), self._state.gave_up))
@@ -487,10 +492,14 @@ def _ask_a_little(session: Session, deadline: float) -> None:
             raise
 
 
-def _with(text: str, ending: str) -> str:
-    return f"{text}; {ending}" if ending else text
+def _all_failed(servers: Sequence[Target], failures: Sequence[PcshareError]) -> PcshareError:
+    """One error of all; where they are of one kind (this host cannot, wrong usage) of that kind."""
+    kinds = {type(failure) for failure in failures}
+    kind = kinds.pop() if len(kinds) == 1 else SourceError
+    text = "; ".join(_named(server.text, failure.message) for server, failure in zip(servers, failures, strict=True))
+    return kind(text, errno=failures[0].errno, hint=failures[0].hint)
 
 
-def _note(error: BaseException, ending: str) -> None:
-    if isinstance(error, PcshareError):
-        error.message = _with(error.message, ending)
+def _named(server: str, message: str) -> str:
+    """A provider names its object itself."""
+    return message if message.startswith(server) else f"{server}: {message}"

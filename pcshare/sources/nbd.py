@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pcshare.errors import SourceError
 from pcshare.nbd.client import ServerExport, Session
 from pcshare.sources.file import EXTENTS_MAX
-from pcshare.sources.grammar import SOURCE_LENGTH_MAX, SourceSpec, path_of_server
+from pcshare.sources.grammar import SourceSpec, path_of_server
 from pcshare.sources.link import BLOCK_STATUS_TIMEOUT_S, REPLY_TIMEOUT_S, Link, LinkState, Need
 from pcshare.sources.npy import NPY_HEAD_MAX, ArrayDescription, parse_npy
 from pcshare.sources.opened import OpenedSource
@@ -58,8 +58,6 @@ class NbdSource(OpenedSource):
 
     def _learn(self, session: Session) -> _Facts:
         export = session.export
-        if not 0 < export.size <= SOURCE_LENGTH_MAX:
-            raise SourceError(f"the export has {export.size} bytes, which no block can have", errno=errno.EFBIG)
         head = session.read(0, min(export.size, NPY_HEAD_MAX), time.monotonic() + self._reply_timeout_s)
         array = _array(head, export.size, self._name)
         extents = session.data_extents(time.monotonic() + BLOCK_STATUS_TIMEOUT_S, EXTENTS_MAX)
