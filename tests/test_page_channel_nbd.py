@@ -990,6 +990,7 @@ def test_nbdkit_is_not_left_in_the_midst_of_its_answers(folder: Path) -> None:
                 with c.dispatching() if demand_is_read else nullcontext():
                     c.supplier.close()
                 assert all(a.result() in (0, -errno.ECANCELED) for a in asked)
+        assert server.process is not None
         assert server.process.poll() is None
 
 
