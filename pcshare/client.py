@@ -389,12 +389,14 @@ class Block(mmap.mmap):
             )
 
     def _lost(self, offset: int, length: int, how_much: str = "") -> SourceLost:
+        name = os.path.basename(self._socket).removesuffix(runtime.SOCKET_SUFFIX)
         return SourceLost(
             f"the source lost {how_much or 'a part of'} block {self.idstr}, bytes {offset} to {offset + length}",
             offset=int(offset),
             length=int(length),
             block=self.idstr,
-            hint="when it is back: pcshare resume NAME",
+            hint=f"see why with `pcshare status {name}`; what a server that was away still has comes when it is back, "
+            f"all else is asked for again by `pcshare resume {name}`",
         )
 
     # -- sharing and ending it

@@ -33,6 +33,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pcshare import errors, runtime, units
+from pcshare.sources import signals_blocked
 
 if TYPE_CHECKING:
     from pcshare.client import Block
@@ -250,7 +251,7 @@ class Coordinator:
         self._reader = threading.Thread(
             target=self._read_events, args=(self._link, self._process), name=f"pcshare-events-{self.name}", daemon=True
         )
-        with _signals_blocked():  # the program's signals belong to the program's threads
+        with signals_blocked():  # the program's signals belong to the program's threads
             self._reader.start()
 
     def _wait_until_ready(self) -> None:
@@ -399,16 +400,6 @@ def _environment() -> dict[str, str]:
     if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     return environment
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """For the start of a thread: it inherits the mask."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _event(kind: str, message: Mapping[str, Any]) -> Event:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,14 @@ import pytest
 
 import support_seccomp
 from pcshare import probe
+from pcshare.errors import EXIT_INTERRUPTED
+from pcshare.nbd.wire import Command
+from pcshare.sources import examine
+from support_coordinator import die_with_parent
+from support_nbd import Handshake, Peer, Request, ScriptedServer, serve_reads
+
+PAGE = 4096
+START_S = 20.0
 
 needs_seccomp = pytest.mark.skipif(not support_seccomp.is_supported(), reason="no filter for this machine")
 
@@ -189,3 +199,28 @@ def test_server_that_is_silent_after_the_handshake_is_given_up(data_file: Path) 
     done = _doctor("--json", source)
     assert done.returncode == 1
     assert time.monotonic() - begin < 20
+
+
+def test_interrupt_ends_a_measurement_at_once(tmp_path: Path) -> None:
+    """The server answers what is asked at the start, and from then on nothing."""
+    data, asked = bytes(256 * PAGE), threading.Event()
+
+    def never_again(peer: Peer, request: Request) -> bool:
+        if request.command == Command.READ and request.length == PAGE:
+            asked.set()
+            peer.never_answer()
+        return False
+
+    def script(peer: Peer) -> None:
+        Handshake(size=len(data)).run(peer)
+        serve_reads(peer, data, never_again)
+
+    with ScriptedServer(script) as server:
+        host, port = server.listen()
+        command = [sys.executable, "-m", "pcshare", "doctor", f"nbd://{host}:{port}/"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent) as process:
+            assert asked.wait(START_S)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=examine.READ_TIMEOUT_S / 3)
+    assert process.returncode == EXIT_INTERRUPTED
+    assert "Traceback" not in said

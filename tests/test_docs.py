@@ -22,6 +22,9 @@ from pcshare import cli, errors, protocol
 from pcshare.client import Progress
 from pcshare.core import ffi
 from pcshare.launcher import Event
+from pcshare.serve import object_reader
+from pcshare.sources import command as source_command
+from pcshare.sources import endpoint, link
 from pcshare.state import TRANSITIONS
 from support_coordinator import coordinator
 from test_rooms import ROOMS, ROOT
@@ -253,6 +256,26 @@ def test_every_constant_that_a_limit_names_exists() -> None:
     source = "\n".join(text_of(path) for path in files)
     assert named
     assert [name for name in named if not re.search(rf"\b{name}(: int)? = ", source)] == []
+
+
+def value_of_limit(name: str) -> float:
+    """Of a limit of time: by the modules that keep to them, or by the core."""
+    for module in (link, endpoint, source_command, object_reader):
+        if hasattr(module, name):
+            return float(getattr(module, name))
+    found = re.search(rf"\b{name} = (\d+)\b", text_of(ROOT / "pcshare" / "core" / "page_channel_nbd.c"))
+    assert found, f"no constant {name}"
+    return float(found[1])
+
+
+def test_time_limits_of_sources_are_those_of_the_code() -> None:
+    """A limit cell begins with the values of its constants, in their order."""
+    rows = table_rows(section(text_of(REFERENCE / "sources.md"), "Time limits").split("\n## ", 1)[0])
+    assert len(rows) > 1
+    for _, limit, constants in rows:
+        values = [value_of_limit(name) for name in re.findall(r"\w+", constants)]
+        told = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", limit.replace("four", "4"))]
+        assert told[: len(values)] == values, limit
 
 
 # -- examples

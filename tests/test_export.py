@@ -321,3 +321,17 @@ def test_end_waits_for_no_client_that_waits(runtime_dir: Path, big: Path, tmp_pa
             started_s = time.monotonic()
         assert time.monotonic() - started_s < END_S
         assert client.is_hung_up_on()
+
+
+def test_exporter_is_shown_as_what_it_is_and_counts_as_no_helper_at_the_end(runtime_dir: Path, big: Path) -> None:
+    address = f"{runtime_dir}/x.sock"
+    with pcshare.Coordinator(blocks={"data": str(big)}, stream="lazy", exports=address) as served:
+        with client_of(runtime_dir) as client:
+            assert len(client.read(0, 9)) == 9
+            (helper,) = served.status().helpers
+            assert helper.exporter
+            with served.attach("data"):
+                assert [one.pid for one in served.status().helpers if not one.exporter] == [os.getpid()]
+            assert f"exporter {helper.pid}" in run(*PCSHARE, "status", served.name).stdout
+            done = run(*PCSHARE, "stop", served.name, "--json")
+        assert json.loads(done.stdout)["helpers"] == []

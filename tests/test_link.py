@@ -12,6 +12,8 @@ import random
 import re
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -22,12 +24,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pcshare.errors import PcshareError
 from pcshare.nbd.wire import Command
 from pcshare.page_channel import NbdChannel, free_channel
 from pcshare.protocol import AdminOp
 from pcshare.sources import child, link, parse_argument
 from pcshare.sources.link import BACKOFF_MAX_S, BACKOFF_S
+from pcshare.status import read_status
 from support import wait_until
+from support_coordinator import die_with_parent
 from support_nbd import Handshake, Peer, Request, Script, ScriptedServer, nbdkit, serve_reads
 from support_serving import EAGER, LAZY, PAGE, WAIT_S, HelperProcess, Serving, make_file, serving
 
@@ -108,6 +113,40 @@ def test_helpers_wait_visibly_while_a_server_is_away_and_go_on_when_it_is_back(
         assert [one.result() for one in pending] == [content[200 * PAGE : 250 * PAGE]] * 2
         assert served.wait_for_state("RUNNING").reason == ""
         check_all(served, helpers[1], content)
+
+
+@pytest.mark.parametrize("words", [("run",), ("coordinator",)])
+def test_a_loss_is_told_in_one_line_and_the_return_in_another(
+    folder: Path, data_file: Path, words: tuple[str, ...]
+) -> None:
+    """However often it is tried meanwhile, and whatever the reasons."""
+    name, job = f"told-{os.getpid()}", ["--", "cat"] if words == ("run",) else []
+    with nbdkit(folder, "file", data_file) as server:
+        command = [sys.executable, "-m", "pcshare", *words, f"--name={name}", "--stream=lazy", f"data={server.uri()}"]
+        process = subprocess.Popen(
+            [*command, *job], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+        )
+        try:
+            wait_until(lambda: _state_of(name) == "RUNNING", "the coordinator", WAIT_S)
+            server.kill()
+            wait_until(lambda: "Connection refused" in read_status(name).reason, "a second reason", WAIT_S)
+            server.start()
+            wait_until(lambda: _state_of(name) == "RUNNING", "the server to be taken again", WAIT_S)
+        finally:
+            if not job:
+                process.terminate()
+            _, said = process.communicate(timeout=WAIT_S)
+        assert process.returncode == 0
+    lost, back = said.splitlines()
+    assert re.fullmatch(r"pcshare: block data is paused: nbd\+unix:\S+ is away: .+; trying again", lost)
+    assert back == f"pcshare: block data goes on with {server.uri()}"
+
+
+def _state_of(name: str) -> str:
+    """Empty while it is not there, or not whole yet."""
+    with contextlib.suppress(PcshareError):
+        return read_status(name).state
+    return ""
 
 
 def test_only_what_is_missing_is_asked_for_again(folder: Path, data_file: Path, content: bytes) -> None:

@@ -221,7 +221,8 @@ def test_ensure_and_wait_say_what_was_lost(runtime_dir: Path, source: str, broke
             helper.do(f"b.ensure(slice({10 * PAGE}, {11 * PAGE}))")
         lost = caught.value
         assert (lost.block, lost.offset, lost.length) == ("data", 10 * PAGE, PAGE)
-        assert "pcshare resume" in str(lost)
+        assert f"`pcshare resume {served.name}`" in str(lost)
+        assert f"`pcshare status {served.name}`" in str(lost)
         with pytest.raises(SourceLost):  # known to be lost by now
             helper.do(f"b.ensure(slice({9 * PAGE}, {12 * PAGE}))")
         with pytest.raises(SourceLost, match="1 pages of"):

@@ -178,6 +178,27 @@ def test_ssh_to_a_host_that_has_pcshare(
         check_served(form.format(user=getpass.getuser(), path=path), data.read_bytes())
 
 
+@pytest.mark.parametrize(
+    ("source", "is_here", "cure"),
+    [
+        ("foo:b.npy", True, "the file of that name here is written ./foo:b.npy or file:foo%3Ab.npy"),
+        ("foo:b.npy", False, "a local file is written ./foo:b.npy"),
+        ("a:/x,b:y", False, "an equivalent source after a comma needs a scheme: ssh://HOST/PATH"),
+        ("ssh://a/x", False, "see that `ssh a` lets you in"),
+    ],
+)
+def test_ssh_that_fails_is_told_with_what_else_may_have_been_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, is_here: bool, cure: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PCSHARE_SSH", "false")
+    if is_here:
+        (tmp_path / source).touch()
+    with pytest.raises(SourceError, match="exit code 1") as refusal:
+        open_source(parse_argument(source))
+    assert cure in str(refusal.value.hint)
+
+
 def test_a_host_that_does_not_let_us_in_is_told_at_the_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with sshd(folder) as words:
         (folder / "authorized_keys").write_text("")
@@ -295,6 +316,30 @@ def test_an_unknown_export_is_told_with_those_there_are(folder: Path) -> None:
         path, _ = server.listen(folder / "s.sock")
         with pytest.raises(SourceError, match=r"no export 'x' \(there are: 'a', 'b'\)"):
             open_source(parse_argument(f"nbd+unix:///x?socket={path}"))
+
+
+def test_our_own_server_tells_the_exports_there_are_once(folder: Path, data_file: Path) -> None:
+    command = f"exec:{sys.executable} -m pcshare serve --stdio big={data_file} image={data_file}"
+    with pytest.raises(SourceError, match=r"no export '' \(there are: 'big', 'image'\)") as refusal:
+        open_source(parse_argument(command))
+    assert str(refusal.value).count("there are") == 1
+    assert "no default export" not in str(refusal.value)
+
+
+def test_a_socket_at_which_too_many_wait_is_told_with_a_cure(folder: Path) -> None:
+    with contextlib.ExitStack() as closing:
+        listener = closing.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(f"{folder}/full.sock")
+        listener.listen(0)
+        full = False
+        while not full:
+            waiting = closing.enter_context(socket.socket(socket.AF_UNIX))
+            waiting.setblocking(False)
+            full = waiting.connect_ex(f"{folder}/full.sock") == errno.EAGAIN
+        with pytest.raises(SourceError, match="the server accepts nobody") as refusal:
+            open_source(parse_argument(f"nbd+unix:///?socket={folder}/full.sock"))
+    assert refusal.value.errno == errno.EAGAIN
+    assert refusal.value.hint
 
 
 def test_refusal_of_several_names_each(folder: Path) -> None:

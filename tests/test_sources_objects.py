@@ -5,6 +5,7 @@ The stores are real servers on loopback: S3 from a package, and a web server tha
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -27,10 +28,6 @@ import pytest
 
 from pcshare.errors import EXIT_DONE, EXIT_FAILED, EXIT_HOST, EXIT_USAGE, SourceError
 from pcshare.serve.object_filesystem import _Looks
-from pcshare.serve.object_reader import shown
-from pcshare.sources import endpoint
-from pcshare.sources.command import command_of
-from pcshare.sources.grammar import ObjectTarget
 from support import wait_until
 from support_coordinator import coordinator, run_helper
 from support_objects import (
@@ -120,20 +117,6 @@ def test_user_and_password_of_a_web_address_are_sent_and_never_shown() -> None:
         assert provider.read(0, 7) == b"private"
         assert "ss" not in provider.session.export.description
     assert served.seen[0].headers["Authorization"] == "Basic dXNlcjpwQHNz"  # user:p@ss
-
-
-@pytest.mark.parametrize(
-    ("url", "told"),
-    [
-        ("https://u:secret@host/a?sig=secret", "https://host/a"),
-        ("ftp://u:secret@host/a?b", "ftp://host/a?b"),
-        ("s3://bucket/what?@x:y@z", "s3://bucket/what?@x:y@z"),
-        ("abfs://container@account.dfs.core.windows.net/a", "abfs://container@account.dfs.core.windows.net/a"),
-        ("zip://a::ftp://u:secret@host/b.zip", "zip://a::ftp://host/b.zip"),
-    ],
-)
-def test_url_is_shown_without_secrets(url: str, told: str) -> None:
-    assert shown(url) == told
 
 
 # -- many at once
@@ -371,6 +354,7 @@ def without(*packages: str) -> list[str]:
         ("local:///x", ("fsspec",), "fsspec"),
         ("s3://bucket/x", ("obstore", "s3fs"), "s3fs"),
         ("gs://bucket/x", ("obstore", "gcsfs"), "gcsfs"),
+        ("zip://a::s3://bucket/x", ("s3fs",), "reads s3:// is missing"),
     ],
 )
 def test_missing_package_is_named_with_the_cure(url: str, missing: tuple[str, ...], names: str) -> None:
@@ -470,7 +454,6 @@ def test_replaced_archive_is_an_error(tmp_path: Path) -> None:
         ("local:///no/such/file", "no such object"),
         ("local:///", "is a directory"),
         ("zip://a::/no/such/file.zip", "no such object"),
-        ("nonsense://a/b", "Protocol not known"),
         ("plain/path", "is no URL"),
     ],
 )
@@ -479,6 +462,13 @@ def test_what_fsspec_cannot_open_is_refused(url: str, said: str) -> None:
         code, line = provider.refusal()
     assert code == EXIT_FAILED
     assert line.startswith(f"pcshare: {url}: {said}")
+
+
+def test_protocol_that_nobody_knows_is_wrong_usage() -> None:
+    with Provider("nonsense://a/b") as provider:
+        code, line = provider.refusal()
+    assert code == EXIT_USAGE
+    assert line.startswith("pcshare: unknown kind of source 'nonsense' in 'nonsense://a/b'")
 
 
 def test_look_that_began_before_a_read_ended_does_not_count() -> None:
@@ -570,26 +560,36 @@ def test_doctor_tells_a_missing_package_from_a_source_that_cannot_be_read(tmp_pa
 
 
 @pytest.mark.usefixtures("runtime_dir")
-def test_outage_is_told_by_the_provider_while_the_block_is_paused(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Its 25 s until it gives up a read are cut short: the test is about what is said then."""
-    words = command_of
-
-    def with_timeout(target: ObjectTarget) -> list[str]:
-        return [*words(target), "1"]
-
-    monkeypatch.setattr(endpoint, "command_of", with_timeout)
+def test_outage_is_told_by_the_provider_while_the_block_is_paused(capfd: pytest.CaptureFixture[str]) -> None:
+    """It knows how long the source may take for an answer, and gives a read up before."""
     served = WebObject(b"a" * 8192)
-    with WebServer(served) as server, serving(f"data=http://{server.place}/x", stream_mode=LAZY) as coordinated:
+    with WebServer(served) as server, contextlib.ExitStack() as serves:
+        source = f"data=http://user:secret@{server.place}/x?sig=secret#timeout=1500ms"
+        coordinated = serves.enter_context(serving(source, stream_mode=LAZY))
         helper = coordinated.helper()
         helper.do("b = attach()")
         served.fail = lambda request: 503
         pending = helper.start("read(b, 0)")
         wait_until(lambda: "the server answered 503" in coordinated.block().reason, "the store's own answer", 30)
+        assert f"http://user:***@{server.place}/x?sig=*** is away" in coordinated.block().reason
+        assert "secret" not in coordinated.block().reason
         served.fail = lambda request: 0
         assert pending.result() == b"a"
-    assert "pcshare: http://" not in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "pcshare: http://" not in said
+    assert "secret" not in said
+
+
+@pytest.mark.usefixtures("runtime_dir")
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_doctor_shows_no_secret(options: tuple[str, ...]) -> None:
+    with WebServer(WebObject(b"a" * 8192)) as server:
+        sources = [f"http://user:secret@{place}/x?sig=secret" for place in (server.place, f"{LOOPBACK}:{dead_port()}")]
+        command = [sys.executable, "-m", "pcshare", "doctor", *options, *sources]
+        done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == EXIT_FAILED
+    assert "http://user:***@" in done.stdout
+    assert "secret" not in done.stdout + done.stderr
 
 
 @pytest.mark.usefixtures("runtime_dir")

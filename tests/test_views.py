@@ -33,7 +33,16 @@ BLOCK = BlockStatus(
 )
 WAITED = Blocktime(p50=12.5, p99=1500.0, max=2_000_000, total=2_100_000, buckets=(0,) * 32)
 HELPER = HelperStatus(
-    slot=0, pid=4711, uid=1000, state="attached", block="data", faults=1234, waiting=1, demand_pages=2, blocktime=WAITED
+    slot=0,
+    pid=4711,
+    uid=1000,
+    state="attached",
+    block="data",
+    faults=1234,
+    waiting=1,
+    demand_pages=2,
+    blocktime=WAITED,
+    exporter=False,
 )
 REPORT = StatusReport(
     name="weights",

@@ -53,7 +53,7 @@ def command(sources: tuple[str, ...], as_json: bool) -> int:
 def _examine_sources(texts: tuple[str, ...], as_json: bool) -> int:
     from rich.console import Console
 
-    from pcshare.sources import parse_argument
+    from pcshare.sources import parse_argument, shown
 
     console = Console(highlight=False, emoji=False)
     told: list[dict[str, Any]] = []
@@ -62,11 +62,11 @@ def _examine_sources(texts: tuple[str, ...], as_json: bool) -> int:
         report = _examine_source(spec)
         if isinstance(report, PcshareError):
             status = max(status, report.exit_status)
-            told.append({"source": spec.text, "ok": False, "error": report.message, "hint": report.hint})
+            told.append({"source": shown(spec.text), "ok": False, "error": report.message, "hint": report.hint})
         else:
             told.append({"ok": True, **report.to_json()})
         if not as_json:
-            _show_source(console, spec.text, report)
+            _show_source(console, shown(spec.text), report)
     if as_json:
         print_json({"ok": all(one["ok"] for one in told), "sources": told})
     return status

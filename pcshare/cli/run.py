@@ -121,12 +121,8 @@ def _launch_options(
 
 
 def _say_event(event: Event) -> None:
-    """What the user must know although CMD runs."""
-    if event.state == "PAUSED":
-        click.echo(
-            f"pcshare: {event.block or 'a block'} is paused: {event.reason}; `pcshare resume` asks again", err=True
-        )
-    elif event.name == "ended":
+    """What the user must know although CMD runs, and the coordinator, which writes to the same stderr, cannot say."""
+    if event.name == "ended":
         click.echo(f"pcshare: the coordinator has ended ({event.reason}); what has not arrived will not come", err=True)
 
 

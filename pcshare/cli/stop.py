@@ -61,11 +61,11 @@ def command(name: str, timeout: float, socket_path: str | None, as_json: bool) -
                 "name": name,
                 "pid": report.pid,
                 "stopped": True,
-                "helpers": sorted({helper.pid for helper in report.helpers}),
+                "helpers": _pids(report),
             }
         )
-    elif report.helpers:
-        click.echo(f"pcshare: {name} has ended; attached until then: {_pids(report)}", err=True)
+    elif pids := _pids(report):
+        click.echo(f"pcshare: {name} has ended; attached until then: {_named(pids)}", err=True)
 
 
 @contextlib.contextmanager
@@ -105,8 +105,13 @@ def _attached(name: str) -> str:
         report = read_status(name)
     except errors.PcshareError:
         return ""
-    return f"; still attached: {_pids(report)}" if report.helpers else ""
+    return f"; still attached: {_named(pids)}" if (pids := _pids(report)) else ""
 
 
-def _pids(report: StatusReport) -> str:
-    return ", ".join(f"pid {pid}" for pid in sorted({helper.pid for helper in report.helpers}))
+def _pids(report: StatusReport) -> list[int]:
+    """Of the helpers; the exporter is a part of the coordinator."""
+    return sorted({helper.pid for helper in report.helpers if not helper.exporter})
+
+
+def _named(pids: list[int]) -> str:
+    return ", ".join(f"pid {pid}" for pid in pids)

@@ -22,7 +22,7 @@ from pcshare.fault_thread import EventKind, FaultEvent, FaultThreads
 from pcshare.keeper import Keeper
 from pcshare.notifier import Change, NotifierChain
 from pcshare.ramblock import RAMBlock, rounded_up
-from pcshare.sources import LinkState, OpenedSource
+from pcshare.sources import LinkState, OpenedSource, shown
 from pcshare.state import State, StateCell
 from pcshare.status import SegmentWriter
 from pcshare.units import format_bytes
@@ -209,7 +209,7 @@ class Blocks:
         self._show(block)
 
     def _lost(self, block: Block) -> str:
-        lost, text = self._segment.block_slot(block.index).lost_pages, _shortened(block.source.spec.text)
+        lost, text = self._segment.block_slot(block.index).lost_pages, _shortened(shown(block.source.spec.text))
         return f"all that {text} still has is here, it lost {lost} pages; touching them is SIGBUS"
 
     def _report_foreign(self, block: Block, offset: int) -> None:
@@ -250,8 +250,8 @@ class Blocks:
             self._resume(block, fault_threads)  # what was given up for lost is asked for after all
         else:
             self._show(block)
-        if was_away and not link.is_away:
-            log.warning("block %s: %s is there again", block.idstr, _shortened(link.server))
+        if was_away and block.state is State.RUNNING:
+            log.warning("block %s goes on with %s", block.idstr, _shortened(link.server))
 
     def all_ended(self) -> bool:
         return all(block.state is State.END for block in self)
@@ -272,7 +272,7 @@ def _shortened(text: str) -> str:
 
 
 def _reading_failed(block: Block, event: FaultEvent) -> str:
-    text = _shortened(block.source.spec.text)
+    text = _shortened(shown(block.source.spec.text))
     if event.error == errno.ENODATA:
         return f"{text} is shorter than it was: nothing at offset {event.offset}"
     return f"reading {text} at offset {event.offset}: {os.strerror(event.error)}"

@@ -323,7 +323,8 @@ def _unknown_export(line: Line, export_name: str, refused: _Refused) -> SourceEr
     names: list[str] = []
     with contextlib.suppress(SourceError, _Refused):  # it may keep them to itself
         names = _listed(line)
-    said = f": {refused.text}" if refused.text else ""
+    tells_them = bool(names) and all(name and name in refused.text for name in names)  # as our own servers do
+    said = f": {refused.text}" if refused.text and not tells_them else ""
     there_are = ""
     if names:
         more = f" and {len(names) - EXPORTS_SHOWN_MAX} more" if len(names) > EXPORTS_SHOWN_MAX else ""

@@ -16,6 +16,7 @@ import struct
 import time
 from collections.abc import Sequence
 
+from pcshare.nbd import tcp
 from pcshare.nbd.export import FileRange, Piece
 
 SEND_TIMEOUT_S = 60  # for a peer that takes nothing at all: longer than anybody stops for, and it holds up only itself
@@ -53,11 +54,7 @@ class Stream:
         end.setblocking(True)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(SEND_TIMEOUT_S, 0))
         if end.family in (socket.AF_INET, socket.AF_INET6):
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+            tcp.tune(end, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT)
         stream = cls(end.fileno(), end.fileno())
         stream._socket = end
         return stream

@@ -33,8 +33,9 @@ from pcshare.serve.object_reader import (
     no_such_object,
     package_missing,
     shorter,
-    shown,
 )
+from pcshare.sources.grammar import unknown_scheme
+from pcshare.sources.shown import shown
 
 FILES_MAX = 4  # open files of a file system without async_impl: servers limit connections
 
@@ -190,9 +191,19 @@ class _Looks:
 
 def _filesystem(url: str) -> tuple[Any, str]:
     """A file system that keeps nothing from before, and the path in it."""
+    _check_known(url)
     core = importlib.import_module("fsspec.core")
     filesystem, path = core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
     return filesystem, path
+
+
+def _check_known(url: str) -> None:
+    """UsageError for a protocol that fsspec has never heard of. One whose package is missing is another matter."""
+    registry = importlib.import_module("fsspec.registry")
+    for link in url.split("::"):
+        protocol, separator, _ = link.partition("://")
+        if separator and protocol not in registry.registry and protocol not in registry.known_implementations:
+            raise unknown_scheme(protocol, url)
 
 
 def _links(url: str) -> Iterator[str]:
@@ -211,15 +222,29 @@ def _telling(info: dict[str, Any]) -> str:
 
 
 def _import_failure(url: str, error: ImportError) -> HostError:
-    if error.name == "fsspec":
+    if (error.name or "").partition(".")[0] == "fsspec":
         return package_missing(url, "fsspec")
-    name = url.partition("://")[0].rpartition("::")[2]
     return HostError(
-        f"{shown(url)}: the package that reads {name}:// is missing: {_in_short(error)}",
+        f"{shown(url)}: the package that reads {_protocol_without_package(url)}:// is missing: {_in_short(error)}",
         errno=errno.ENOPKG,
         hint=f"{INSTALL_HINT}, and the package that this names",
     )
 
 
+def _protocol_without_package(url: str) -> str:
+    """The one of a chain's protocols that fsspec cannot load."""
+    registry = importlib.import_module("fsspec.registry")
+    protocols = [link.partition("://")[0] for link in url.split("::") if "://" in link]
+    for protocol in protocols:
+        try:
+            registry.get_filesystem_class(protocol)
+        except ImportError:
+            return protocol
+        except ValueError:  # not known at all
+            continue
+    return protocols[0]
+
+
 def _in_short(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """One line of a library's error, which may hold the URL as it was asked for."""
+    return shown(" ".join(str(error).split())) or type(error).__name__

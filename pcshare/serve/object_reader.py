@@ -1,25 +1,22 @@
 """object_reader: what the provider wants of a library: ranges of one object that does not change.
 
-Limits, words for URLs, and the two ways in which a read can fail. Imports no library and does no I/O.
+Limits, words for what goes wrong, and the two ways in which a read can fail. Imports no library and does no I/O.
 """
 
 from __future__ import annotations
 
 import errno
-import re
 from abc import ABC, abstractmethod
 from typing import TypeAlias
 
 from pcshare.errors import HostError, SourceError
+from pcshare.sources.shown import shown
 
-OPEN_TIMEOUT_S = 8.0  # from the start to the handshake, for which the other side waits 10 s
-READ_TIMEOUT_S = 25.0  # of one read with all its retries: shorter than the 30 s after which the other side gives up
+OPEN_TIMEOUT_S = 8.0  # until the object is known; the other side waits 20 s for the handshake, our start included
+READ_TIMEOUT_S = 25.0  # of one read with all its retries, unless we are told another: the other side waits 30 s
 READS_MAX = 16  # at once
 
 INSTALL_HINT = "pip install 'pcshare[objects]'"
-
-_PASSWORD = re.compile(r"://[^/@:]*:[^/@]*@")
-_WEB = re.compile(r"https?://", re.I)
 
 Content: TypeAlias = bytes | memoryview
 
@@ -40,12 +37,6 @@ class ObjectReader(ABC):
     def read(self, offset: int, length: int) -> Content:
         """Exactly these bytes of the object as it was at the beginning; from many threads at once. Outage: the library
         has tried again for as long as it may. SourceError: it is another object now, or access was lost."""
-
-
-def shown(url: str) -> str:
-    """The URL for messages: without a password, and without the query of a web address, which may be a signature."""
-    url = _PASSWORD.sub("://", url)
-    return url.partition("?")[0] if _WEB.match(url) else url
 
 
 def changed(url: str, then: str, now: str) -> SourceError:

@@ -30,8 +30,8 @@ from pcshare.serve.object_reader import (
     no_such_object,
     package_missing,
     shorter,
-    shown,
 )
+from pcshare.sources.shown import shown
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
@@ -98,7 +98,7 @@ class StoreReader(ObjectReader):
         self._obstore = obstore
         self._path = path_of(url)
         if not self._path and _provider(url) != _HTTP:
-            raise SourceError(f"{url}: names a bucket and no object in it", errno=errno.EINVAL)
+            raise SourceError(f"{shown(url)}: names a bucket and no object in it", errno=errno.EINVAL)
         meta = self._first_look(self._new_store(min(OPEN_TIMEOUT_S, timeout_s), OPEN_RETRIES_MAX))
         self._store = self._new_store(timeout_s, RETRIES_MAX)
         self.size = meta["size"]
@@ -242,7 +242,7 @@ def client_options(url: str, try_timeout_s: float) -> dict[str, Any]:
 
 def in_short(text: str) -> str:
     """One line of an error of obstore's: what the server said, else what the client found."""
-    told, _, structures = text.partition("\n\nDebug source")
+    told, _, structures = shown(text).partition("\n\nDebug source")
     said, status = _CODE_AND_MESSAGE.search(told), _STATUS.search(told)
     if said:
         return f"{status[1] + ' ' if status else ''}{said[1]}: {said[2]}"

@@ -24,8 +24,9 @@ from pcshare.nbd.export import Export, Exports, Piece
 from pcshare.nbd.server import serve_stdio
 from pcshare.nbd.wire import NAME_LENGTH_MAX
 from pcshare.serve import object_filesystem, object_store
-from pcshare.serve.object_reader import READ_TIMEOUT_S, READS_MAX, ObjectReader, Outage, package_missing, shown
+from pcshare.serve.object_reader import READ_TIMEOUT_S, READS_MAX, ObjectReader, Outage, package_missing
 from pcshare.sources.child import leave_last_words
+from pcshare.sources.shown import shown
 
 USAGE = "usage: python -P -m pcshare.serve.objects URL [TIMEOUT_S]   with a socket as standard input and output"
 PIECE_BYTES = 4 << 20  # of a longer read: one connection to a store is slower than several
@@ -64,7 +65,7 @@ class ObjectExport(Export):
 def open_object(url: str, timeout_s: float = READ_TIMEOUT_S) -> ObjectReader:
     """Through obstore where that knows the URL and is here, else through fsspec. Raises SourceError or HostError."""
     if "://" not in url:
-        raise SourceError(f"{url}: is no URL", errno=errno.EINVAL, hint="write it like s3://BUCKET/KEY")
+        raise SourceError(f"{shown(url)}: is no URL", errno=errno.EINVAL, hint="write it like s3://BUCKET/KEY")
     if object_store.can_read(url):
         if importlib.util.find_spec("obstore"):
             return object_store.StoreReader(url, timeout_s)

@@ -16,6 +16,7 @@ from pcshare.sources.link import SOURCE_TIMEOUT_S, LinkState
 from pcshare.sources.nbd import NbdSource
 from pcshare.sources.npy import ArrayDescription
 from pcshare.sources.opened import OpenedSource
+from pcshare.sources.shown import shown
 from pcshare.sources.wakeup import StopFlag, Wakeup, signals_blocked
 from pcshare.sources.zero import ZeroSource
 
@@ -33,6 +34,7 @@ __all__ = [
     "open_source",
     "parse_argument",
     "parse_arguments",
+    "shown",
     "signals_blocked",
 ]
 

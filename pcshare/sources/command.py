@@ -13,6 +13,8 @@ SSH_VARIABLE = "PCSHARE_SSH"  # replaces the word ssh: a command with its option
 REMOTE_VARIABLE = "PCSHARE_REMOTE"  # replaces the word pcshare at the other end: that end's shell reads it as it is
 EXPORT = "data"  # what the other end calls the file, its only export
 
+PROVIDER_SHARE = 25 / 30  # of the time that an answer may take: what went wrong is better told than found out
+
 SSH_CONNECT_TIMEOUT_S = 10
 SSH_ALIVE_INTERVAL_S, SSH_ALIVE_COUNT = 10, 3  # an end that says nothing for so long is gone
 _SSH_OPTIONS = (
@@ -28,12 +30,14 @@ _SSH_OPTIONS = (
 )
 
 
-def command_of(target: ExecTarget | SshTarget | ObjectTarget) -> list[str]:
-    """The words of the process that answers NBD for a source. UsageError: PCSHARE_SSH cannot be read."""
+def command_of(target: ExecTarget | SshTarget | ObjectTarget, reply_timeout_s: float) -> list[str]:
+    """The words of the process that answers NBD for a source, each time within reply_timeout_s. UsageError:
+    PCSHARE_SSH cannot be read."""
     if isinstance(target, ExecTarget):
         return list(target.words)
     if isinstance(target, ObjectTarget):
-        return [sys.executable, "-P", "-m", "pcshare.serve.objects", target.url]
+        timeout_s = f"{reply_timeout_s * PROVIDER_SHARE:g}"
+        return [sys.executable, "-P", "-m", "pcshare.serve.objects", target.url, timeout_s]
     return _ssh_command(target)
 
 

@@ -17,11 +17,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from urllib.parse import quote
 
 from pcshare.errors import PcshareError, SourceError
+from pcshare.nbd import tcp
 from pcshare.sources.child import Child
 from pcshare.sources.command import command_of
-from pcshare.sources.grammar import ObjectTarget, Target, TcpTarget, UnixTarget
+from pcshare.sources.grammar import ObjectTarget, SshTarget, Target, TcpTarget, UnixTarget
 from pcshare.sources.wakeup import StopFlag, shut_down
 
 # An idle connection whose other end has vanished without a word is found dead after these: 10 + 3 * 5 s.
@@ -42,6 +44,7 @@ class Connected:
 
     socket: socket.socket
     child: Child | None = None
+    hint: str | None = None  # the cure where nothing better is known
 
     def end(self) -> str:
         """Closes it; says how the process ended, or nothing if there is none."""
@@ -58,18 +61,22 @@ class Connected:
             return self.child.last_words
         if ending:
             error.message = f"{error.message}; {ending}"
+        error.hint = error.hint or self.hint
         return error
 
 
-def connect(target: Target, deadline: float, stop: StopFlag) -> Connected:
-    """A new connection, by then (time.monotonic()). SourceError with the reason, without the server's name."""
+def connect(target: Target, deadline: float, stop: StopFlag, reply_timeout_s: float) -> Connected:
+    """A new connection, by then (time.monotonic()). SourceError with the reason, without the server's name.
+    reply_timeout_s: how long an answer may take later, which a process that we start is told."""
     stop.check()
     try:
         if isinstance(target, TcpTarget):
             return Connected(_connect_tcp(target.host, target.port, deadline, stop))
         if isinstance(target, UnixTarget):
-            return Connected(_connect_socket(socket.AF_UNIX, target.path, deadline, stop))
-        return Connected(*Child.spawn(command_of(target), is_own=isinstance(target, ObjectTarget)))
+            return Connected(_connect_unix(target.path, deadline, stop))
+        words = command_of(target, reply_timeout_s)
+        hint = _hint_of_ssh(target) if isinstance(target, SshTarget) else None
+        return Connected(*Child.spawn(words, is_own=isinstance(target, ObjectTarget)), hint)
     except TimeoutError:
         raise _refusal(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
     except OSError as error:
@@ -80,6 +87,19 @@ def connect(target: Target, deadline: float, stop: StopFlag) -> Connected:
 
 def _refusal(number: int, text: str) -> SourceError:
     return SourceError(text, errno=number, hint=_HINTS.get(number))
+
+
+def _hint_of_ssh(target: SshTarget) -> str:
+    """Any text with a ':' goes to ssh, also what was meant to be something else."""
+    text = target.text
+    hint = f"see that `ssh {target.host}` lets you in without typing, and that pcshare is installed there"
+    if text.lower().startswith("ssh:"):
+        return hint
+    if os.path.exists(text):
+        return f"the file of that name here is written ./{text} or file:{quote(text)}"
+    if "," in text:
+        return f"{hint}; an equivalent source after a comma needs a scheme: ssh://HOST/PATH"
+    return f"{hint}; a local file is written ./{text} or file:{quote(text)}"
 
 
 def _left_s(deadline: float) -> float:
@@ -99,17 +119,20 @@ def _connect_tcp(host: str, port: int, deadline: float, stop: StopFlag) -> socke
         except OSError as error:
             failure = failure or error
             continue
-        _tune(connection)
+        tcp.tune(connection, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT)
         return connection
     raise failure or OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
 
 
-def _tune(connection: socket.socket) -> None:
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+def _connect_unix(path: str, deadline: float, stop: StopFlag) -> socket.socket:
+    try:
+        return _connect_socket(socket.AF_UNIX, path, deadline, stop)
+    except BlockingIOError as error:
+        raise SourceError(
+            "the server accepts nobody: as many wait at its socket as there is room for",
+            errno=error.errno,
+            hint="end what else is connected to the server, or start it again if it is stuck",
+        ) from error
 
 
 def _connect_socket(family: int, address: Any, deadline: float, stop: StopFlag) -> socket.socket:

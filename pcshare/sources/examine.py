@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import os
 import statistics
+import threading
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pcshare.errors import SourceError
 from pcshare.sources.npy import ArrayDescription
 from pcshare.sources.opened import OpenedSource
+from pcshare.sources.shown import shown
+from pcshare.sources.wakeup import signals_blocked
+
+if TYPE_CHECKING:
+    from pcshare.page_channel import ChannelFigures
 
 STREAM_S = 1.0  # long enough for a rate, short enough to wait for
 READ_TIMEOUT_S = 30.0
@@ -37,17 +43,16 @@ class SourceReport:
 
 
 def examine_source(source: OpenedSource) -> SourceReport:
-    """Measures an open source. Raises SourceError where it cannot be read."""
-    from pcshare.page_channel import measure_channel  # late: the grammar works without the compiled core
-
-    figures = measure_channel(source.make_channel(), source.used_length, duration_s=STREAM_S, timeout_s=READ_TIMEOUT_S)
+    """Measures an open source. Raises SourceError where it cannot be read. Interrupted, it leaves the reading to a
+    thread that ends with the source, or with the process."""
+    figures = _measure(source)
     if figures.error:
         raise SourceError(
-            f"{source.spec.text}: reading at offset {figures.error_offset}: {os.strerror(figures.error)}",
+            f"{shown(source.spec.text)}: reading at offset {figures.error_offset}: {os.strerror(figures.error)}",
             errno=figures.error,
         )
     return SourceReport(
-        source=source.spec.text,
+        source=shown(source.spec.text),
         kind=source.spec.scheme,
         used_length=source.used_length,
         data_length=sum(end - start for start, end in source.extents),
@@ -57,3 +62,26 @@ def examine_source(source: OpenedSource) -> SourceReport:
         round_trip_us_max=max(figures.round_trips_us),
         throughput=figures.stream_bytes / figures.stream_s if figures.stream_s else 0.0,
     )
+
+
+def _measure(source: OpenedSource) -> ChannelFigures:
+    """In a thread of its own: a read may take as long as it may, and the main thread is to hear of ^C meanwhile."""
+    from pcshare.page_channel import measure_channel  # late: the grammar works without the compiled core
+
+    outcome: list[ChannelFigures | BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(measure_channel(channel, length, duration_s=STREAM_S, timeout_s=READ_TIMEOUT_S))
+        except BaseException as error:
+            outcome.append(error)
+
+    channel, length = source.make_channel(), source.used_length
+    thread = threading.Thread(target=run, name="pcshare-examine", daemon=True)
+    with signals_blocked():  # a signal that another thread takes does not end the main thread's wait
+        thread.start()
+    thread.join()
+    (figures,) = outcome
+    if isinstance(figures, BaseException):
+        raise figures
+    return figures

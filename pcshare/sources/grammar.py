@@ -17,6 +17,7 @@ from pcshare.errors import UsageError
 from pcshare.nbd.wire import DEFAULT_PORT, NAME_LENGTH_MAX
 from pcshare.sources.filters import FilterSpec, parse_filters
 from pcshare.sources.percent import check_path, decode_percent
+from pcshare.sources.shown import NEXT_EQUIVALENT, shown
 from pcshare.units import parse_size
 
 BLOCK_NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -34,12 +35,12 @@ _BLOCK = re.compile(rf"({BLOCK_NAME.pattern})=(.*)", re.DOTALL)
 _SCHEME = re.compile(r"([^/#:]+):(.*)", re.DOTALL)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://", re.DOTALL)
 _FILTERS_OF_PATH = re.compile(r"#(?=[a-z]+=)")
-_NEXT_EQUIVALENT = re.compile(r",(?=[A-Za-z][A-Za-z0-9+.-]*://|(?:exec|file|zero):)", re.IGNORECASE)
 
 _USER, _HOST_NAME, _ADDRESS = r"[A-Za-z0-9._][A-Za-z0-9._-]*", r"[A-Za-z0-9_][A-Za-z0-9._-]*", r"[0-9A-Fa-f:.]+"
 _AUTHORITY = re.compile(rf"(?:({_HOST_NAME})|\[({_ADDRESS}(?:%25[A-Za-z0-9._-]+)?)\])(?::([0-9]{{1,5}}))?")
 _SSH_AUTHORITY = re.compile(rf"((?:{_USER}@)?)(?:({_HOST_NAME})|\[({_ADDRESS})\])(?::([0-9]{{1,5}}))?")
 _SSH_PATH = re.compile(rf"((?:{_USER}@)?)(?:({_HOST_NAME})|\[({_ADDRESS})\]):(.+)", re.DOTALL)
+_BARE_EQUIVALENT = re.compile(rf",((?:{_USER}@)?(?:{_HOST_NAME}|\[{_ADDRESS}\])):(/[^,]*)")
 
 # No object store: better refused by name than by a library that never heard of them.
 _REFUSED = {
@@ -117,7 +118,7 @@ def parse_argument(text: str) -> SourceSpec:
     named = _BLOCK.fullmatch(text)
     block, source = (named[1], named[2]) if named else ("", text)
     if not source:
-        raise UsageError(f"the source in {text!r} is empty", hint=_known())
+        raise UsageError(f"the source in {shown(text)!r} is empty", hint=_known())
     if len(block) > BLOCK_NAME_MAX:
         raise UsageError(f"the block name {block!r} is longer than {BLOCK_NAME_MAX} bytes", hint="choose a shorter one")
     scheme = _scheme(source)
@@ -137,7 +138,7 @@ def parse_arguments(texts: Iterable[str]) -> tuple[SourceSpec, ...]:
         spec = parse_argument(text)
         if spec.block in specs:
             raise UsageError(
-                f"{specs[spec.block].text!r} and {text!r} are both block {spec.block!r}",
+                f"{shown(specs[spec.block].text)!r} and {shown(text)!r} are both block {spec.block!r}",
                 hint="give each block a name of its own: NAME=SOURCE",
             )
         specs[spec.block] = spec
@@ -147,7 +148,7 @@ def parse_arguments(texts: Iterable[str]) -> tuple[SourceSpec, ...]:
 def unknown_scheme(scheme: str, text: str) -> UsageError:
     """The refusal of a scheme that is not in KNOWN_SCHEMES."""
     return UsageError(
-        f"unknown kind of source {scheme!r} in {text!r}",
+        f"unknown kind of source {scheme!r} in {shown(text)!r}",
         hint=f"{_known()}; a path that contains ':' is written ./PATH or file:PATH",
     )
 
@@ -161,11 +162,11 @@ def _known() -> str:
 
 def _scheme(source: str) -> str:
     """The kind of a source, or of the first of several equivalent ones: a key of KNOWN_SCHEMES."""
-    first = _NEXT_EQUIVALENT.split(source, maxsplit=1)[0]
+    first = NEXT_EQUIVALENT.split(source, maxsplit=1)[0]
     match = _SCHEME.match(first)
     scheme = match[1].lower() if match else ""
     if scheme in _REFUSED:
-        raise UsageError(f"unknown kind of source {scheme!r} in {source!r}", hint=_REFUSED[scheme])
+        raise UsageError(f"unknown kind of source {scheme!r} in {shown(source)!r}", hint=_REFUSED[scheme])
     if scheme in _NAMED_SCHEMES:
         return scheme
     if _URL.match(first):
@@ -185,7 +186,8 @@ def _refuse_equivalents(source: str, scheme: str) -> None:
     count = source.count(",") + 1
     if count > 1:
         raise UsageError(
-            f"{source!r} names {count} equivalent sources (commas separate them), but a {scheme} source stands alone",
+            f"{shown(source)!r} names {count} equivalent sources (commas separate them), "
+            f"but a {scheme} source stands alone",
             hint="one source a block; a comma that belongs to a path is written %2C after file:, as in file:a%2Cb",
         )
 
@@ -266,23 +268,37 @@ def block_name_of(path: str) -> str:
 def _spec_of_servers(block: str, scheme: str, source: str, text: str) -> SourceSpec:
     split = _split_filters if scheme in ("nbd", "nbd+unix") else _split_filters_of_path
     target, filters = split(check_path(source))
-    pieces = _NEXT_EQUIVALENT.split(target)
+    pieces = NEXT_EQUIVALENT.split(target)
     if len(pieces) > EQUIVALENTS_MAX:
         raise UsageError(
             f"{len(pieces)} equivalent sources are more than {EQUIVALENTS_MAX}", hint="name those that are nearest"
         )
-    servers = tuple(_parse_server(piece, source) for piece in pieces)
+    servers = tuple(_parse_server(piece) for piece in pieces)
     return SourceSpec(block or name_of_server(servers[0]), scheme, target, filters, text, servers)
 
 
-def _parse_server(piece: str, source: str) -> Target:
+def _parse_server(piece: str) -> Target:
     scheme = _scheme(piece)
     if scheme not in _SERVERS:
         raise UsageError(
-            f"{piece!r} cannot be one of several equivalent sources in {source!r}: a {scheme} source stands alone",
+            f"{shown(piece)!r} cannot be one of several equivalent sources: a {scheme} source stands alone",
             hint="equivalent sources are servers: nbd://, nbd+unix:///, exec:, ssh:// and object stores",
         )
+    if scheme in ("nbd", "nbd+unix", "ssh"):
+        _refuse_bare_equivalent(piece)
     return _SERVERS[scheme](piece)
+
+
+def _refuse_bare_equivalent(piece: str) -> None:
+    """',HOST:/PATH' belongs to what it follows, which is hardly what is meant. Kinds that cannot say it in another way,
+    a command and an object's key, keep it."""
+    bare = _BARE_EQUIVALENT.search(piece)
+    if bare:
+        raise _bad_server(
+            piece,
+            f"what follows a comma needs a scheme to be an equivalent source, and {bare[0][1:]!r} has none",
+            f"write it as ssh://{bare[1]}{bare[2]}; a comma that belongs to a path is written %2C after ssh://HOST/",
+        )
 
 
 def name_of_server(target: Target) -> str:
@@ -296,7 +312,7 @@ def path_of_server(target: Target) -> str:
         return target.path
     if isinstance(target, ObjectTarget):
         place = target.url.partition("://")[2].partition("?")[0]
-        return place.partition("/")[2] or place
+        return place.partition("/")[2] or place.rpartition("@")[2]  # a password makes no name
     return target.export
 
 
@@ -304,7 +320,9 @@ def _parse_nbd(piece: str) -> TcpTarget:
     authority, path, _ = _split_uri(piece, "nbd://HOST[:PORT]/EXPORT")
     match = _AUTHORITY.fullmatch(authority)
     if not match:
-        raise _bad_server(piece, f"{authority!r} is no HOST[:PORT]", "nbd://HOST[:PORT]/EXPORT, with [...] around IPv6")
+        place = shown(f"nbd://{authority}").removeprefix("nbd://")
+        hint = "write it as nbd://HOST[:PORT]/EXPORT, with [...] around IPv6"
+        raise _bad_server(piece, f"{place!r} is no HOST[:PORT]", hint)
     host = match[1] or match[2].replace("%25", "%")
     return TcpTarget(piece, host, _port(match[3], DEFAULT_PORT, piece), _export(path, piece))
 
@@ -313,10 +331,10 @@ def _parse_nbd_unix(piece: str) -> UnixTarget:
     wanted = "nbd+unix:///EXPORT?socket=PATH"
     authority, path, query = _split_uri(piece, wanted)
     if authority:
-        raise _bad_server(piece, f"a Unix socket has no host, but {authority!r} is given", wanted)
+        raise _bad_server(piece, "a Unix socket has no host", f"write it as {wanted}")
     values = [value for key, _, value in (item.partition("=") for item in query.split("&")) if key == "socket"]
     if len(values) != 1 or not values[0]:
-        raise _bad_server(piece, "it does not name one socket", wanted)
+        raise _bad_server(piece, "it does not name one socket", f"write it as {wanted}")
     return UnixTarget(piece, decode_percent(values[0]), _export(path, piece))
 
 
@@ -324,7 +342,7 @@ def _split_uri(piece: str, wanted: str) -> tuple[str, str, str]:
     """Authority, path without its first '/', query; as they were given."""
     rest = _after_scheme(piece)
     if not rest.startswith("//") or "#" in rest:
-        raise _bad_server(piece, "it is no URI of that form", f"{wanted}; '#' in it is written %23")
+        raise _bad_server(piece, "it is no URI of that form", f"write it as {wanted}; '#' in it is written %23")
     place, _, query = rest[2:].partition("?")
     authority, _, path = place.partition("/")
     return authority, path, query
@@ -333,7 +351,7 @@ def _split_uri(piece: str, wanted: str) -> tuple[str, str, str]:
 def _port(text: str | None, default: int, piece: str) -> int:
     port = int(text) if text else default
     if text and not 0 < port <= PORT_MAX:
-        raise _bad_server(piece, f"there is no port {text}", f"a port between 1 and {PORT_MAX}")
+        raise _bad_server(piece, f"there is no port {text}", f"ports are numbers between 1 and {PORT_MAX}")
     return port
 
 
@@ -342,9 +360,9 @@ def _export(encoded: str, piece: str) -> str:
     try:
         length = len(export.encode())
     except UnicodeEncodeError:
-        raise _bad_server(piece, "its export name is no UTF-8", "an export's name as the server lists it") from None
+        raise _bad_server(piece, "its export name is no UTF-8", "give the name as the server lists it") from None
     if length > NAME_LENGTH_MAX:
-        raise _bad_server(piece, f"its export name has {length} bytes", f"at most {NAME_LENGTH_MAX}")
+        raise _bad_server(piece, f"its export name has {length} bytes", f"a name has at most {NAME_LENGTH_MAX}")
     return export
 
 
@@ -352,9 +370,9 @@ def _parse_exec(piece: str) -> ExecTarget:
     try:
         words = tuple(shlex.split(check_path(_after_scheme(piece))))
     except ValueError as error:
-        raise _bad_server(piece, f"the command cannot be read ({error})", "words, quoted as in a shell") from None
+        raise _bad_server(piece, f"the command cannot be read ({error})", "quote its words as in a shell") from None
     if not words:
-        raise _bad_server(piece, "there is no command", "exec:COMMAND, as in exec:'nbdkit -s memory 1G'")
+        raise _bad_server(piece, "there is no command", "write exec:COMMAND, as in exec:'nbdkit -s memory 1G'")
     return ExecTarget(piece, words)
 
 
@@ -362,24 +380,25 @@ def _parse_ssh(piece: str) -> SshTarget:
     if not _URL.match(piece):
         match = _SSH_PATH.fullmatch(piece)
         if not match or piece.lower().startswith("ssh:"):
-            raise _bad_server(piece, "it is no place on a host", "[USER@]HOST:PATH or ssh://[USER@]HOST[:PORT]/PATH")
+            hint = "write it as [USER@]HOST:PATH or ssh://[USER@]HOST[:PORT]/PATH"
+            raise _bad_server(piece, "it is no place on a host", hint)
         return SshTarget(piece, match[1] + (match[2] or match[3]), 0, check_path(match[4]))
     authority, slash, path = _after_scheme(piece)[2:].partition("/")
     match = _SSH_AUTHORITY.fullmatch(authority)
     if not match or not path:
-        raise _bad_server(piece, "it names no host, or no path", "ssh://[USER@]HOST[:PORT]/PATH")
+        raise _bad_server(piece, "it names no host, or no path", "write it as ssh://[USER@]HOST[:PORT]/PATH")
     host = match[1] + (match[2] or match[3])
     return SshTarget(piece, host, _port(match[4], 0, piece), decode_percent(slash + path))
 
 
 def _parse_object(piece: str) -> ObjectTarget:
     if not check_path(piece).partition("://")[2].strip("/"):
-        raise _bad_server(piece, "it names no object", "SCHEME://BUCKET/KEY")
+        raise _bad_server(piece, "it names no object", "write it as SCHEME://BUCKET/KEY")
     return ObjectTarget(piece, piece)
 
 
-def _bad_server(piece: str, problem: str, wanted: str) -> UsageError:
-    return UsageError(f"the source {piece!r} is not right: {problem}", hint=f"write it as {wanted}")
+def _bad_server(piece: str, problem: str, hint: str) -> UsageError:
+    return UsageError(f"the source {shown(piece)!r} is not right: {problem}", hint=hint)
 
 
 _ALONE: dict[str, Callable[[str], tuple[str, FilterSpec, str]]] = {"file": _parse_file, "zero": _parse_zero}

@@ -25,6 +25,7 @@ from pcshare.nbd.client import Session, negotiate
 from pcshare.sources.child import Child
 from pcshare.sources.endpoint import Connected, connect, stoppable
 from pcshare.sources.grammar import ExecTarget, ObjectTarget, SshTarget, Target
+from pcshare.sources.shown import shown
 from pcshare.sources.wakeup import StopFlag, Wakeup, signals_blocked
 
 log = logging.getLogger("pcshare")
@@ -149,7 +150,7 @@ class Link(Generic[Facts]):
         self._lost_after_s = math.inf
         self._try_now = False
         self._is_let_go = False
-        self._state = LinkState(False, "", servers[0].text)
+        self._state = LinkState(False, "", shown(servers[0].text))
         self._states: dict[str, str] = {}  # of objects: URL, and what the first provider said of it
         self._primary: _Line | None = None
         self._demand: _Line | None = None
@@ -174,7 +175,7 @@ class Link(Generic[Facts]):
     @property
     def server(self) -> str:
         """The one in use, or to be tried next."""
-        return self._servers[self._at].text
+        return self._server
 
     def watch(self, on_change: Callable[[LinkState], None], lost_after_s: float | None) -> None:
         """Before serve(). lost_after_s: when what is missing is lost; None: never."""
@@ -290,7 +291,7 @@ class Link(Generic[Facts]):
         server = self._servers[self._at]
         if isinstance(server, _CHILD_TARGETS):
             handshake_s += connect_s  # the start of the process is part of it
-        connected = connect(server, min(latest, time.monotonic() + connect_s), self._stop)
+        connected = connect(server, min(latest, time.monotonic() + connect_s), self._stop, self._reply_timeout_s)
         try:
             with stoppable(connected, self._stop):
                 session = negotiate(connected.socket, server.export, min(latest, time.monotonic() + handshake_s))
@@ -471,10 +472,10 @@ class Link(Generic[Facts]):
 
     @property
     def _server(self) -> str:
-        return self._servers[self._at].text
+        return shown(self._servers[self._at].text)
 
     def _names(self) -> str:
-        return ",".join(server.text for server in self._servers)
+        return ",".join(shown(server.text) for server in self._servers)
 
     def _tell(self, state: LinkState) -> None:
         if state != self._state:
@@ -496,7 +497,8 @@ def _all_failed(servers: Sequence[Target], failures: Sequence[PcshareError]) -> 
     """One error of all; where they are of one kind (this host cannot, wrong usage) of that kind."""
     kinds = {type(failure) for failure in failures}
     kind = kinds.pop() if len(kinds) == 1 else SourceError
-    text = "; ".join(_named(server.text, failure.message) for server, failure in zip(servers, failures, strict=True))
+    pairs = zip(servers, failures, strict=True)
+    text = "; ".join(_named(shown(server.text), failure.message) for server, failure in pairs)
     return kind(text, errno=failures[0].errno, hint=failures[0].hint)
 
 

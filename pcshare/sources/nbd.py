@@ -19,6 +19,7 @@ from pcshare.sources.grammar import SourceSpec, path_of_server
 from pcshare.sources.link import BLOCK_STATUS_TIMEOUT_S, REPLY_TIMEOUT_S, Link, LinkState, Need
 from pcshare.sources.npy import NPY_HEAD_MAX, ArrayDescription, parse_npy
 from pcshare.sources.opened import OpenedSource
+from pcshare.sources.shown import shown
 from pcshare.sources.wakeup import StopFlag
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class NbdSource(OpenedSource):
     def _new_channel(self) -> Any:
         """Once: the connections feed one channel."""
         if self._made:
-            raise SourceError(f"{self.spec.text}: the source feeds one channel, and has it", errno=errno.EBUSY)
+            raise SourceError(f"{shown(self.spec.text)}: the source feeds one channel, and has it", errno=errno.EBUSY)
         from pcshare.page_channel import free_channel  # late: the grammar works without the compiled core
 
         channel = self._make()

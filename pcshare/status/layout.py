@@ -54,3 +54,11 @@ def process_stat(pid: int) -> tuple[str, int] | None:
         return fields[0].decode(), int(fields[19])  # fields 3 and 22 of proc(5)
     except (OSError, IndexError, ValueError):
         return None
+
+
+def parent_pid(pid: int) -> int:
+    """Of a process; 0 if there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])  # field 4 of proc(5)
+    except (OSError, IndexError, ValueError):
+        return 0

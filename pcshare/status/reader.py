@@ -27,6 +27,7 @@ from pcshare.status.layout import (
     STATE_NAMES,
     STREAM_NAMES,
     TEXT_READ_TRIES_MAX,
+    parent_pid,
     process_stat,
     summary_state,
 )
@@ -136,7 +137,7 @@ class StatusReader:
         table = self._read(header.helpers_offset, header.helpers_max * HELPER_BYTES)
         for index, slot in enumerate(ffi.from_buffer("struct status_helper[]", table)):
             if slot.state != lib.STATUS_HELPER_FREE:
-                yield _helper_status(index, slot, blocks)
+                yield _helper_status(index, slot, blocks, header.pid)
 
     def report(self) -> StatusReport:
         header = self._header()
@@ -190,7 +191,7 @@ def _block_status(index: int, slot: Any) -> BlockStatus:
     )
 
 
-def _helper_status(index: int, slot: Any, blocks: dict[int, str]) -> HelperStatus:
+def _helper_status(index: int, slot: Any, blocks: dict[int, str], coordinator_pid: int) -> HelperStatus:
     return HelperStatus(
         slot=index,
         pid=slot.pid,
@@ -201,6 +202,7 @@ def _helper_status(index: int, slot: Any, blocks: dict[int, str]) -> HelperStatu
         waiting=slot.waiting,
         demand_pages=slot.demand_pages,
         blocktime=_blocktime(slot.blocktime),
+        exporter=parent_pid(slot.pid) == coordinator_pid,
     )
 
 

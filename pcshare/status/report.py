@@ -74,6 +74,7 @@ class HelperStatus:
     waiting: int
     demand_pages: int
     blocktime: Blocktime
+    exporter: bool  # the coordinator's own, which gives its blocks out over NBD
 
     def to_json(self) -> dict[str, Any]:
         told = {key: value for key, value in vars(self).items() if key not in ("slot", "blocktime")}

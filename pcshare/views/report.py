@@ -62,7 +62,7 @@ def helpers_table(helpers: Iterable[HelperStatus]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for helper in helpers:
         table.add_row(
-            str(helper.pid),
+            f"exporter {helper.pid}" if helper.exporter else str(helper.pid),
             str(helper.uid),
             f"{helper.faults:,}",
             str(helper.waiting),
