@@ -402,7 +402,8 @@ def test_what_is_wrong_is_refused_with_its_reason_and_others_are_served(
     answer = refusal(served, *messages)
     assert (answer.error, answer.version_max) == (error, protocol.VERSION)
     assert text in answer.text
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) == fds, "the connection's fds to be closed")
+    # Fewer where the attach's first connection was still being closed when they were counted.
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= fds, "the connection's fds to be closed")
     assert helper.do("read(b, 0)") == data_file.read_bytes()[:1]
     assert len(served.status().helpers) == 1
 

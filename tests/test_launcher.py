@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -370,11 +371,16 @@ def test_stop_leaves_nothing_in_this_process(source: Path) -> None:
     assert [child for child in psutil.Process().children() if child.status() == psutil.STATUS_ZOMBIE] == []
 
 
+def _send_and_close(connection: socket.socket, sent: bytes) -> None:
+    with connection, contextlib.suppress(BrokenPipeError):  # who refuses need not read to the end
+        connection.sendall(sent)
+
+
 def test_line_without_end_is_refused_and_broken_json_too() -> None:
     for sent, reason in ((b"x" * (launcher.LINE_BYTES_MAX + launcher.RECEIVE_BYTES), "longer"), (b"{\n", "Expecting")):
         ours, theirs = socket.socketpair()
         link = launcher._Link(ours)
-        sender = threading.Thread(target=lambda t=theirs, s=sent: (t.sendall(s), t.close()))
+        sender = threading.Thread(target=_send_and_close, args=(theirs, sent))
         sender.start()
         with pytest.raises((errors.PcshareError, ValueError), match=reason):
             list(link.lines())
