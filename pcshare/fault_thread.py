@@ -55,58 +55,56 @@ class FaultThreads:
     def __init__(self, status_header: Any) -> None:
         pointer = ffi.new("struct fault_threads **")
         check(lib.fault_threads_new(pointer, status_header), "making the fault threads")
-        self._pointer = pointer[0]
+        self.pointer: Any = pointer[0]
         self.running = False
 
     def start(self, cpus: Sequence[int]) -> None:
         """One thread a CPU in the list, pinned to it (-1: not pinned). Returns when all run."""
         check(
-            lib.fault_threads_start(self._pointer, ffi.new("int32_t[]", list(cpus)), len(cpus)),
+            lib.fault_threads_start(self.pointer, ffi.new("int32_t[]", list(cpus)), len(cpus)),
             "starting the fault threads",
         )
         self.running = True
 
     def stop(self) -> None:
         """Quits and joins. Twice is fine."""
-        lib.fault_threads_stop(self._pointer)
+        lib.fault_threads_stop(self.pointer)
         self.running = False
 
     def close(self) -> None:
         """Stops and frees everything that was added. Twice is fine."""
-        if self._pointer != ffi.NULL:
-            lib.fault_threads_free(self._pointer)
-            self._pointer = ffi.NULL
+        if self.pointer != ffi.NULL:
+            lib.fault_threads_free(self.pointer)
+            self.pointer = ffi.NULL
             self.running = False
 
     def fileno(self) -> int:
         """Readable when an event waits."""
-        return int(lib.fault_threads_event_fd(self._pointer))
+        return int(lib.fault_threads_event_fd(self.pointer))
 
     def events(self) -> Iterator[FaultEvent]:
         """The events that wait."""
         event = ffi.new("struct fault_event *")
-        while lib.fault_threads_next_event(self._pointer, event):
+        while lib.fault_threads_next_event(self.pointer, event):
             yield FaultEvent(EventKind(event.kind), event.block_index, event.remote_id, event.error, event.offset)
 
     def add_block(self, block: RAMBlock, channel: Any, *, poison: bool) -> None:
         """Block and channel belong to the fault threads from here on, also on failure."""
         policy = lib.SOURCE_LOSS_POISON if poison else lib.SOURCE_LOSS_PAUSE
-        check(
-            lib.fault_threads_add_block(self._pointer, block.pointer, channel, policy), f"serving block {block.idstr}"
-        )
+        check(lib.fault_threads_add_block(self.pointer, block.pointer, channel, policy), f"serving block {block.idstr}")
 
     def remove_block(self, index: int) -> None:
-        check(lib.fault_threads_remove_block(self._pointer, index), "removing a block")
+        check(lib.fault_threads_remove_block(self.pointer, index), "removing a block")
 
     def complete_block(self, index: int) -> None:
-        check(lib.fault_threads_complete_block(self._pointer, index), "ending a block")
+        check(lib.fault_threads_complete_block(self.pointer, index), "ending a block")
 
     def resume_block(self, index: int) -> None:
-        check(lib.fault_threads_resume_block(self._pointer, index), "resuming a block")
+        check(lib.fault_threads_resume_block(self.pointer, index), "resuming a block")
 
     def set_stream(self, mode: int, rate: int = 0) -> None:
         """mode: STATUS_STREAM_*; rate in bytes a second."""
-        lib.fault_threads_set_stream(self._pointer, mode, rate)
+        lib.fault_threads_set_stream(self.pointer, mode, rate)
 
     def add_remote(
         self, block: RAMBlock, uffd: OwnedFd, control: OwnedFd, maps: Sequence[tuple[int, int, int]], status: Any
@@ -128,19 +126,19 @@ class FaultThreads:
         )
         check(rc, "registering a remote fd")
         number = ffi.new("uint32_t *")
-        check(lib.fault_threads_add_remote(self._pointer, remote[0], number), "polling a remote fd")
+        check(lib.fault_threads_add_remote(self.pointer, remote[0], number), "polling a remote fd")
         return int(number[0])
 
     def remove_remote(self, remote_id: int) -> None:
-        check(lib.fault_threads_remove_remote(self._pointer, remote_id), "removing a remote fd")
+        check(lib.fault_threads_remove_remote(self.pointer, remote_id), "removing a remote fd")
 
     def disable_remote(self, remote_id: int, error: int) -> None:
-        check(lib.fault_threads_disable_remote(self._pointer, remote_id, error), "disabling a remote fd")
+        check(lib.fault_threads_disable_remote(self.pointer, remote_id, error), "disabling a remote fd")
 
     def is_gone(self, remote_id: int) -> bool:
         """Whether the address space behind a remote fd has ended."""
-        return bool(lib.fault_threads_probe_remote(self._pointer, remote_id) == -errno.ESRCH)
+        return bool(lib.fault_threads_probe_remote(self.pointer, remote_id) == -errno.ESRCH)
 
     def is_alive(self, remote_id: int) -> bool:
         """Whether it lives. Neither this nor is_gone: the kernel does not tell."""
-        return bool(lib.fault_threads_probe_remote(self._pointer, remote_id) == 0)
+        return bool(lib.fault_threads_probe_remote(self.pointer, remote_id) == 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pcshare.core import ffi, lib
@@ -16,11 +17,57 @@ from pcshare.fds import OwnedFd
 from pcshare.keeper import Keeper
 
 
+@dataclass(frozen=True)
+class CoreExtents:
+    """Extents as the core has them, in an array of struct ramblock_extent: there may be hundreds of thousands."""
+
+    pointer: Any
+    count: int
+
+
+def _core_extents(extents: Sequence[tuple[int, int]] | CoreExtents) -> CoreExtents:
+    if isinstance(extents, CoreExtents):
+        return extents
+    rows = [{"start": start, "end": end} for start, end in extents]
+    return CoreExtents(ffi.new("struct ramblock_extent[]", rows), len(rows))
+
+
+class DeferredMemory:
+    """Memory of a block to come that nobody has yet: written in place through memfd, then given to a RAMBlock.
+
+    Sizes in bytes, map_length a multiple of page_size. No mapping of it may be left when it is given away."""
+
+    def __init__(self, keeper: Keeper, idstr: str, *, map_length: int, page_size: int, writable: bool) -> None:
+        self.idstr = idstr
+        self._keeper = keeper
+        number, memfd = ffi.new("uint32_t *"), ffi.new("int *")
+        rc = lib.keeper_defer_block(keeper.pointer, idstr.encode(), map_length, page_size, writable, number, memfd)
+        text = ffi.string(lib.keeper_error_text(keeper.pointer)).decode(errors="replace") if rc < 0 else ""
+        check(rc, "making a RAM block's memory", f"block {idstr}: {text}")
+        self._number = int(number[0])
+        self._memfd = OwnedFd(memfd[0])
+
+    def fileno(self) -> int:
+        """The memfd, open for reading and writing."""
+        return self._memfd.fileno()
+
+    def give_away(self) -> Any:
+        """As the core takes it; nothing is left to free here."""
+        return ffi.new("struct ramblock_memory *", {"keeper_block": self._number, "memfd": self._memfd.detach()})
+
+    def free(self) -> None:
+        """Of memory that was not given away. Twice is fine."""
+        if not self._memfd.closed:
+            self._memfd.close()
+            lib.keeper_drop_block(self._keeper.pointer, self._number)
+
+
 class RAMBlock:
     """One block: idstr, used_length and map_length in bytes, page_size in bytes, memfd.
 
     extents are the byte ranges [start, end) for which the source holds data; the rest are holes. status and received
-    point into the status segment, which must outlive the block."""
+    point into the status segment, which must outlive the block. memory is what the block holds before it is served,
+    with the bits of these pages set in received; it belongs to the block from here on, also on failure."""
 
     def __init__(
         self,
@@ -30,11 +77,12 @@ class RAMBlock:
         used_length: int,
         page_size: int,
         writable: bool,
-        extents: Sequence[tuple[int, int]],
+        extents: Sequence[tuple[int, int]] | CoreExtents,
         index: int,
         status: Any,
         received: Any,
         map_length: int | None = None,
+        memory: DeferredMemory | None = None,
     ) -> None:
         self.idstr = idstr
         self.index = index
@@ -43,17 +91,18 @@ class RAMBlock:
         self.map_length = rounded_up(used_length, page_size) if map_length is None else map_length
         self.writable = writable
         block, text = ffi.new("struct ramblock **"), ffi.new("char[]", lib.CORE_ERROR_TEXT_MAX)
-        data = ffi.new("struct ramblock_extent[]", [{"start": start, "end": end} for start, end in extents])
+        data = _core_extents(extents)
         rc = lib.ramblock_new(
             block,
             keeper.pointer,
+            ffi.NULL if memory is None else memory.give_away(),
             idstr.encode(),
             used_length,
             self.map_length,
             page_size,
             writable,
-            data,
-            len(extents),
+            data.pointer,
+            data.count,
             index,
             status,
             received,

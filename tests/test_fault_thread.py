@@ -8,7 +8,6 @@ import errno
 import os
 import random
 import re
-import socket
 import struct
 import threading
 from collections.abc import Iterator
@@ -16,94 +15,21 @@ from pathlib import Path
 
 import pytest
 
-from core_support import Child, child
+from core_support import child
 from pcshare.core import ffi, lib
 from pcshare.errors import PcshareError
-from pcshare.fault_thread import EventKind, FaultEvent, FaultThreads
-from pcshare.fds import OwnedFd
-from pcshare.keeper import Keeper
-from pcshare.ramblock import RAMBlock, rounded_up
-from pcshare.sources import open_source, parse_arguments
-from pcshare.status import SegmentWriter, read_status
+from pcshare.fault_thread import EventKind
+from pcshare.ramblock import RAMBlock
+from pcshare.status import read_status
 from pcshare.trace import TraceFile, read_trace
 from support import wait_until
+from support_rig import Rig
 from support_serving import EAGER, LAZY, PAGE, WAIT_S, is_readable, make_file, page_of, read_own_page, serving
 
 N_PAGES = 64
 LENGTH = N_PAGES * PAGE - 100
 SYS_SCHED_GETATTR, SCHED_ATTR_BYTES = 315, 48  # of x86-64; of the structure's first version
 THREAD_ID = lib.UFFD_FEATURE_BIT_THREAD_ID
-
-
-class Rig:
-    """Fault threads with blocks and remote fds, and no coordinator around them."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.keeper = Keeper.spawn()
-        self.segment = SegmentWriter(name, "/nowhere.sock")
-        self.threads = FaultThreads(self.segment.header)
-        self.threads.set_stream(LAZY)
-        self.blocks: dict[int, RAMBlock] = {}
-        self._slots = 0
-        self._regions: dict[int, int] = {}
-
-    def add_block(self, source: str, index: int = 0, *, writable: bool = False, poison: bool = False) -> RAMBlock:
-        opened = open_source(parse_arguments([source])[0])
-        region = self.segment.add_bitmap(rounded_up(opened.used_length, PAGE) // PAGE, [(0, 1)])
-        status = self.segment.block_slot(index)
-        status.bitmap_offset = self._regions[index] = region.offset
-        ram = RAMBlock(
-            self.keeper, opened.spec.block, used_length=opened.used_length, page_size=PAGE, writable=writable,
-            extents=opened.extents, index=index, status=status, received=region.address,
-        )  # fmt: skip
-        channel = opened.make_channel()
-        opened.close()
-        try:
-            self.threads.add_block(ram, channel, poison=poison)
-        except PcshareError:
-            ram.close()
-            raise
-        self.blocks[index] = ram
-        return ram
-
-    def add_remote(
-        self, ram: RAMBlock, helper: Child, maps: list[tuple[int, int, int]] | None = None
-    ) -> tuple[int, socket.socket]:
-        """(id, the helper's end of the control socket)"""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        status = self.segment.helper_slot(self._slots)
-        status.state = lib.STATUS_HELPER_ATTACHED
-        self._slots += 1
-        maps = maps or [(helper.addr, 0, ram.map_length)]
-        number = self.threads.add_remote(ram, OwnedFd(os.dup(helper.uffd)), OwnedFd(ours.detach()), maps, status)
-        return number, theirs
-
-    def remove_block(self, index: int) -> None:
-        self.threads.remove_block(index)
-        self.blocks.pop(index).close()
-        self.segment.free_bitmap(self._regions.pop(index))
-
-    def events(self) -> list[FaultEvent]:
-        return list(self.threads.events())
-
-    def wait_for_event(self, kind: EventKind) -> FaultEvent:
-        found: list[FaultEvent] = []
-
-        def has_come() -> bool:
-            is_readable(self.threads.fileno(), 0.05)
-            found.extend(event for event in self.threads.events() if event.kind is kind)
-            return bool(found)
-
-        wait_until(has_come, f"event {kind.name}", WAIT_S)
-        return found[0]
-
-    def close(self) -> None:
-        for ram in self.blocks.values():
-            ram.close()
-        self.threads.close()
-        self.segment.close()
-        self.keeper.close()
 
 
 @pytest.fixture

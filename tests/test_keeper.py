@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import mmap
 import os
 import signal
 import socket
@@ -134,7 +136,7 @@ def test_unknown_request_is_refused(raw: Raw) -> None:
     assert answer.status == -errno.EOPNOTSUPP
 
 
-@pytest.mark.parametrize("op", ["DROP", "REPAIR", "COMPLETE"])
+@pytest.mark.parametrize("op", ["DROP", "REPAIR", "COMPLETE", "LISTEN"])
 @pytest.mark.parametrize("block", [0, 5000])
 def test_block_that_is_not_there_is_refused(raw: Raw, op: str, block: int) -> None:
     answer, _ = raw.ask(op=getattr(lib, f"KEEPER_{op}"), block=block)
@@ -172,6 +174,74 @@ def test_memory_that_cannot_be_made_is_refused_and_nothing_stays(raw: Raw) -> No
         assert ffi.string(answer.text)
         assert not fds
     assert psutil.Process(raw.process.pid).num_fds() == before
+
+
+# ---- memory that is written before it is served ----
+
+
+def defer(raw: Raw, **fields: Any) -> tuple[int, int]:
+    """(number, memfd) of a block of one page that is not served yet."""
+    wanted = {"op": lib.KEEPER_MAKE, "deferred": 1, "map_length": PAGE, "page_size": PAGE, "idstr": b"data", **fields}
+    answer, fds = raw.ask(**wanted)
+    assert (answer.status, answer.place_addr, len(fds)) == (0, 0, 1)
+    return int(answer.block), fds[0]
+
+
+def mapped(raw: Raw) -> bool:
+    return "pcshare-data" in Path(f"/proc/{raw.process.pid}/maps").read_text()
+
+
+def test_deferred_memory_is_neither_mapped_nor_sealed_before_listen(raw: Raw) -> None:
+    number, memfd = defer(raw)
+    assert not mapped(raw)
+    assert fcntl.fcntl(memfd, fcntl.F_GET_SEALS) == 0
+    with mmap.mmap(memfd, PAGE) as mapping:
+        mapping[:5] = b"first"
+    answer, (uffd,) = raw.ask(op=lib.KEEPER_LISTEN, block=number)
+    assert (answer.status, answer.block) == (0, number)
+    assert answer.ioctls >> lib.UFFD_IOCTL_COPY & 1
+    assert mapped(raw)
+    done = ffi.new("uint64_t *")
+    assert lib.uffd_copy(uffd, answer.place_addr, bytes(PAGE), PAGE, done) == -errno.EEXIST
+    assert os.pread(memfd, 5, 0) == b"first"
+    with pytest.raises(PermissionError):
+        os.pwrite(memfd, b"x", 0)
+    for fd in (memfd, uffd):
+        os.close(fd)
+
+
+def test_block_that_listens_already_is_refused(raw: Raw) -> None:
+    number, memfd = defer(raw)
+    os.close(memfd)
+    os.close(raw.ask(op=lib.KEEPER_LISTEN, block=number)[1][0])
+    for block in (number, make(raw)):
+        answer, fds = raw.ask(op=lib.KEEPER_LISTEN, block=block)
+        assert (answer.status, fds) == (-errno.EALREADY, [])
+
+
+def test_block_that_cannot_listen_stays_deferred(raw: Raw) -> None:
+    """P7: here it lacks huge pages, more than any machine has."""
+    os.close(raw.ask(op=lib.KEEPER_HELLO)[1][0])  # it has made all that it makes at the start
+    before = psutil.Process(raw.process.pid).num_fds()
+    number, memfd = defer(raw, map_length=1 << 40, page_size=2 << 20)
+    os.close(memfd)
+    for _ in range(2):
+        answer, fds = raw.ask(op=lib.KEEPER_LISTEN, block=number)
+        assert (answer.status, fds) == (-errno.ENOMEM, [])
+        assert b"huge pages" in ffi.string(answer.text)
+        assert not mapped(raw)
+    assert raw.ask(op=lib.KEEPER_DROP, block=number)[0].status == 0
+    assert psutil.Process(raw.process.pid).num_fds() == before + 1  # the placing uffd
+
+
+def test_deferred_block_is_not_repaired_and_may_be_dropped(raw: Raw) -> None:
+    number, memfd = defer(raw)
+    os.close(memfd)
+    for length in (0, PAGE):
+        assert raw.ask(op=lib.KEEPER_REPAIR, block=number, length=length)[0].status == -errno.EINVAL
+    assert raw.ask(op=lib.KEEPER_COMPLETE, block=number)[0].status == 0
+    assert raw.ask(op=lib.KEEPER_DROP, block=number)[0].status == 0
+    assert make(raw) == number
 
 
 @pytest.mark.parametrize(

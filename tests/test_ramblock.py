@@ -21,13 +21,14 @@ import pytest
 from pcshare.core import ffi, lib
 from pcshare.errors import HostError, PcshareError
 from pcshare.keeper import Keeper
-from pcshare.ramblock import RAMBlock, rounded_up
+from pcshare.ramblock import DeferredMemory, RAMBlock, rounded_up
 from support_serving import HUGE_PAGE, PAGE
 
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_FUTURE_WRITE = 1, 2, 4, 16
 N_PAGES = 32
 ALL = ((0, N_PAGES * PAGE),)
 TIB = 1 << 40
+MAP_NORESERVE = 0x4000
 
 
 @pytest.fixture
@@ -45,6 +46,8 @@ class Made:
         n_words = -(-rounded_up(used_length, self.page_size) // self.page_size // 64)
         self.status = ffi.new("struct status_block *")
         self.received = ffi.new("uint64_t[]", n_words)
+        for page in options.pop("received", ()):
+            lib.bitmap_test_and_set(self.received, page)
         self.ram = RAMBlock(
             keeper,
             "data",
@@ -216,6 +219,123 @@ def test_status_tells_the_sizes(keeper: Keeper) -> None:
         assert (status.page_size, status.page_count, status.hole_pages) == (PAGE, 11, 10)
 
 
+# ---- memory that was filled before ----
+
+
+def filled(keeper: Keeper, content: dict[int, bytes], n_pages: int = N_PAGES, page_size: int = PAGE) -> DeferredMemory:
+    """Memory with these pages written in place through a mapping that is gone when it returns."""
+    memory = DeferredMemory(keeper, "data", map_length=n_pages * page_size, page_size=page_size, writable=False)
+    with mmap.mmap(memory.fileno(), n_pages * page_size) as mapping:
+        for page, data in content.items():
+            mapping[page * page_size : (page + 1) * page_size] = data
+    return memory
+
+
+def test_what_was_received_before_is_there_and_the_rest_is_forgotten(keeper: Keeper, rng: random.Random) -> None:
+    """B1, B3, P1: a page that is present and not received would be read as it is, without a fault."""
+    content = {page: rng.randbytes(PAGE) for page in (0, 1, 5, 6, 7, N_PAGES - 1)}
+    with block(keeper, memory=filled(keeper, content), received=(1, 5, 7)) as made:
+        present = {page for page in range(N_PAGES) if made.content(page) != bytes(PAGE)}
+        assert present == {1, 5, 7}
+        assert os.fstat(made.c.memfd).st_blocks * 512 == 3 * PAGE
+        assert (made.status.received_pages, made.c.missing_pages, made.status.hole_pages) == (3, N_PAGES - 3, 0)
+        assert made.status.stream_pages == 3
+        assert made.place(0, b"n" * N_PAGES * PAGE) == (lib.RAMBLOCK_PLACED, N_PAGES - 3)
+        for page in range(N_PAGES):
+            assert made.content(page) == (content[page] if page in present else b"n" * PAGE)
+        assert (made.status.foreign_pages, made.c.missing_pages) == (0, 0)
+
+
+def test_memory_that_was_filled_before_is_sealed_and_registered_as_any(keeper: Keeper) -> None:
+    """P8, B4."""
+    with block(keeper, memory=filled(keeper, {0: b"a" * PAGE}), received=(0,)) as made:
+        wanted = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE
+        assert fcntl.fcntl(made.c.helper_memfd, fcntl.F_GET_SEALS) == wanted
+        for pid, addr in (("self", int(ffi.cast("uintptr_t", made.c.host_addr))), (keeper.pid, made.c.place_addr)):
+            assert {"um", "nh", "dd", "dc"} <= mapping_flags(pid, addr)
+
+
+def test_pages_that_are_here_already_are_counted_as_a_model_counts_them(keeper: Keeper, rng: random.Random) -> None:
+    """Each page is received, or a hole, or missing."""
+    n_pages = 150
+    for _ in range(20):
+        cuts = sorted(rng.sample(range(n_pages + 1), 2 * rng.randrange(1, 8)))
+        pieces = list(zip(cuts[::2], cuts[1::2], strict=True))
+        data = {page for start, end in pieces for page in range(start, end)}
+        received = {page for page in range(n_pages) if rng.random() < 0.3}
+        memory = filled(keeper, dict.fromkeys(received, b"r" * PAGE), n_pages)
+        extents = [(start * PAGE, end * PAGE) for start, end in pieces]
+        with block(keeper, n_pages * PAGE, extents, memory=memory, received=received) as made:
+            assert made.status.received_pages == len(received)
+            assert made.status.hole_pages == n_pages - len(data | received)
+            assert made.c.missing_pages == len(data - received)
+            assert made.next_missing(0, n_pages) == min(data - received, default=n_pages)
+
+
+def test_page_that_is_said_to_be_received_and_is_not_there_is_refused(keeper: Keeper) -> None:
+    """P3: nobody would ever place it, and whoever touches it would be woken and fault for ever."""
+    memory = filled(keeper, {3: b"a" * PAGE})
+    memfd = memory.fileno()
+    with pytest.raises(PcshareError, match=rf"block data: the page at offset {4 * PAGE} is said to be") as caught:
+        Made(keeper, N_PAGES * PAGE, ALL, memory=memory, received=(3, 4))
+    assert caught.value.errno == errno.EIO
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(memfd)
+
+
+@pytest.mark.parametrize("n_pages", [1, N_PAGES - 1, N_PAGES + 1])
+def test_memory_of_another_size_is_refused(keeper: Keeper, n_pages: int) -> None:
+    """P1: pages would be placed into a neighbour's."""
+    with pytest.raises(PcshareError, match="not what was made for it") as caught:
+        Made(keeper, N_PAGES * PAGE, ALL, memory=filled(keeper, {}, n_pages))
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_memory_that_was_refused_or_freed_leaves_nothing_in_the_keeper(keeper: Keeper) -> None:
+    """P7."""
+    filled(keeper, {}).free()
+    ours, theirs = len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{keeper.pid}/fd"))
+    with pytest.raises(PcshareError):
+        Made(keeper, 5000, (), map_length=5000, memory=filled(keeper, {}, 2))
+    memory = filled(keeper, {0: b"a" * PAGE})
+    memory.free()
+    memory.free()
+    with block(keeper, memory=filled(keeper, {})):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == ours
+    assert len(os.listdir(f"/proc/{keeper.pid}/fd")) == theirs
+
+
+def test_memory_without_a_keeper_is_refused(keeper: Keeper) -> None:
+    memory = filled(keeper, {0: b"a" * PAGE})
+    os.kill(keeper.pid, 9)
+    with pytest.raises(PcshareError, match="the keeper is gone"):
+        Made(keeper, N_PAGES * PAGE, ALL, memory=memory, received=(0,))
+    with pytest.raises(PcshareError, match="block data: the keeper is gone"):
+        filled(keeper, {})
+
+
+def test_huge_pages_received_before_stay_and_their_holes_are_filled(
+    keeper: Keeper, huge_pages: Callable[[int], None], rng: random.Random
+) -> None:
+    """E1, E2: what is complete must be whole in memory; a hole of hugetlb cannot be left open."""
+    huge_pages(5)
+    content = {page: rng.randbytes(HUGE_PAGE) for page in (0, 3, 4)}
+    memory = filled(keeper, content, 5, HUGE_PAGE)
+    extents = ((0, HUGE_PAGE), (3 * HUGE_PAGE, 5 * HUGE_PAGE))
+    with block(keeper, 5 * HUGE_PAGE, extents, page_size=HUGE_PAGE, memory=memory, received=(0, 3)) as made:
+        status = made.status
+        assert (status.received_pages, status.zero_pages, status.hole_pages) == (4, 2, 0)
+        assert (made.c.missing_pages, made.next_missing(0, 5)) == (1, 4)
+        assert made.place(4, b"n" * HUGE_PAGE) == (lib.RAMBLOCK_PLACED, 1)
+        assert (status.foreign_pages, made.c.missing_pages) == (0, 0)
+        lib.ramblock_complete(made.c)
+        flags = mmap.MAP_PRIVATE | MAP_NORESERVE
+        with mmap.mmap(made.c.helper_memfd, 5 * HUGE_PAGE, flags=flags, prot=mmap.PROT_READ) as mapping:
+            found = [mapping[page * HUGE_PAGE : (page + 1) * HUGE_PAGE] for page in range(5)]
+        assert found == [content[0], bytes(HUGE_PAGE), bytes(HUGE_PAGE), content[3], b"n" * HUGE_PAGE]
+
+
 # ---- placing ----
 
 
@@ -294,6 +414,21 @@ def test_hole_is_placed_as_zeros_without_a_copy(keeper: Keeper) -> None:
         assert (made.status.zero_pages, made.status.received_pages) == (1, 1)
         assert made.status.hole_pages == N_PAGES - 2  # each page counts once
         assert made.c.missing_pages == 1
+
+
+def test_run_of_zeros_leaves_what_is_received_alone(keeper: Keeper) -> None:
+    """E2, P2."""
+    with block(keeper) as made:
+        made.place(4, b"a" * PAGE)
+        placed = ffi.new("uint64_t *")
+        assert lib.ramblock_place_zeros(made.c, 2, 8, placed) == lib.RAMBLOCK_PLACED
+        assert placed[0] == made.status.zero_pages == 7
+        assert made.content(2, 8) == bytes(2 * PAGE) + b"a" * PAGE + bytes(5 * PAGE)
+        assert [page for page in range(N_PAGES) if made.is_received(page)] == list(range(2, 10))
+        assert lib.ramblock_place_zeros(made.c, 2, 8, placed) == lib.RAMBLOCK_PRESENT
+        made.plant(12)
+        assert lib.ramblock_place_zeros(made.c, 11, 3, placed) == lib.RAMBLOCK_PLACED
+        assert (placed[0], made.status.foreign_pages, made.status.received_pages) == (2, 1, 11)
 
 
 def test_huge_pages_are_placed_whole_and_zero_ones_by_copy(

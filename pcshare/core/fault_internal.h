@@ -27,6 +27,7 @@ struct served_block {
     struct page_channel *channel;
     uint32_t on_source_loss;
     uint32_t own_remote_id;
+    int pushes; /* the channel's */
     int paused; /* the source failed and the policy is to wait for a resume: the stream leaves it alone */
     int complete;
     int gaps_told;
@@ -108,6 +109,8 @@ void after_placing(struct fault_threads *ft, struct served_block *served, uint64
 /* Pages came because this helper asked. It may be gone by now. */
 void credit_helper(struct fault_threads *ft, uint32_t remote_id, uint64_t placed);
 void lose_page(struct fault_threads *ft, struct served_block *served, uint64_t page);
+/* The result of a request, or -EPROTO where it says that pages have arrived which are not here. */
+int checked_result(const struct ramblock *block, const struct page_request *request, int result);
 /* How many bytes of [page, page + n) the source holds; the rest of the last page is zeros. */
 uint64_t source_length(const struct ramblock *block, uint64_t page, uint64_t n);
 void ask_again(struct fault_threads *ft, struct served_block *served);

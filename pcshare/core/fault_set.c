@@ -43,7 +43,7 @@ void for_each_remote(struct fault_threads *ft, const struct ramblock *block,
 
 struct served_block *served_block_of(struct fault_threads *ft, const struct ramblock *block)
 {
-    return ft->blocks[block->index];
+    return __atomic_load_n(&ft->blocks[block->index], __ATOMIC_ACQUIRE);
 }
 
 static int table_insert(struct fault_threads *ft, struct remote_fd *remote)
@@ -172,6 +172,7 @@ int fault_threads_add_block(struct fault_threads *ft, struct ramblock *block, st
     }
     served->block = block;
     served->channel = channel;
+    served->pushes = channel->pushes;
     served->on_source_loss = on_source_loss;
     int rc = add_own_remote(ft, served);
     if (rc < 0) {
@@ -185,7 +186,7 @@ int fault_threads_add_block(struct fault_threads *ft, struct ramblock *block, st
         return rc;
     }
     trace_point(TRACE_BLOCK_ADD, block->index, 0, 0, block->page_count);
-    if (block->missing_pages == 0) { /* nothing but holes */
+    if (block->missing_pages == 0) { /* nothing but holes and what it held before */
         served->complete = 1;
         tell_block(ft, served, EVENT_BLOCK_COMPLETE, 0, 0);
     }

@@ -63,6 +63,13 @@ int fault_threads_add_block(struct fault_threads *ft, struct ramblock *block, st
 int fault_threads_remove_block(struct fault_threads *ft, uint32_t block_index);
 /* Every page is in: unregisters the coordinator's own mapping and the keeper's. */
 int fault_threads_complete_block(struct fault_threads *ft, uint32_t block_index);
+/* Places n_pages that a source pushed, and wakes who waits. bytes NULL: zeros. is_demand: somebody had asked for them.
+ * *placed_pagesp counts those placed now. On a negative errno some pages are not received and who waits for them goes
+ * on waiting: they must come again. Called by a page channel of the block, on any thread, and no more once that is
+ * freed.
+ */
+int fault_threads_place(struct fault_threads *ft, uint32_t block_index, uint64_t page, uint64_t n_pages,
+                        const void *bytes, int is_demand, uint64_t *placed_pagesp);
 /* *idp names it in events. remote is consumed, also on failure. */
 int fault_threads_add_remote(struct fault_threads *ft, struct remote_fd *remote, uint32_t *idp);
 int fault_threads_remove_remote(struct fault_threads *ft, uint32_t id);

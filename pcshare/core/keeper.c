@@ -105,23 +105,58 @@ const char *keeper_error_text(const struct keeper *k)
     return k->text;
 }
 
-int keeper_make_block(struct keeper *k, const char *idstr, uint64_t map_length, uint64_t page_size, int writable,
-                      struct keeper_answer *answer, int *memfdp, int *placing_uffdp)
+static int ask(struct keeper *k, const struct keeper_request *request, struct keeper_answer *answer, int *fds,
+               uint32_t n_fds)
+{
+    pthread_mutex_lock(&k->lock);
+    int rc = exchange(k, request, answer, fds, n_fds);
+    pthread_mutex_unlock(&k->lock);
+    return rc;
+}
+
+static struct keeper_request make_request(const char *idstr, uint64_t map_length, uint64_t page_size, int writable)
 {
     struct keeper_request request = {.version = KEEPER_VERSION,
                                      .op = KEEPER_MAKE,
                                      .writable = (uint32_t)writable,
                                      .map_length = map_length,
                                      .page_size = page_size};
-    int fds[2] = {-1, -1};
 
     snprintf(request.idstr, sizeof(request.idstr), "%s", idstr);
-    pthread_mutex_lock(&k->lock);
-    int rc = exchange(k, &request, answer, fds, 2);
-    pthread_mutex_unlock(&k->lock);
+    return request;
+}
+
+int keeper_make_block(struct keeper *k, const char *idstr, uint64_t map_length, uint64_t page_size, int writable,
+                      struct keeper_answer *answer, int *memfdp, int *placing_uffdp)
+{
+    struct keeper_request request = make_request(idstr, map_length, page_size, writable);
+    int fds[2] = {-1, -1};
+    int rc = ask(k, &request, answer, fds, 2);
+
     *memfdp = fds[0];
     *placing_uffdp = fds[1];
     return rc;
+}
+
+int keeper_defer_block(struct keeper *k, const char *idstr, uint64_t map_length, uint64_t page_size, int writable,
+                       uint32_t *blockp, int *memfdp)
+{
+    struct keeper_request request = make_request(idstr, map_length, page_size, writable);
+    struct keeper_answer answer = {0};
+
+    request.deferred = 1;
+    *memfdp = -1;
+    int rc = ask(k, &request, &answer, memfdp, 1);
+    *blockp = answer.block;
+    return rc;
+}
+
+int keeper_listen_block(struct keeper *k, uint32_t block, struct keeper_answer *answer, int *placing_uffdp)
+{
+    struct keeper_request request = {.version = KEEPER_VERSION, .op = KEEPER_LISTEN, .block = block};
+
+    *placing_uffdp = -1;
+    return ask(k, &request, answer, placing_uffdp, 1);
 }
 
 static int plain_request(struct keeper *k, uint32_t op, uint32_t block)
@@ -129,10 +164,7 @@ static int plain_request(struct keeper *k, uint32_t op, uint32_t block)
     struct keeper_request request = {.version = KEEPER_VERSION, .op = op, .block = block};
     struct keeper_answer answer;
 
-    pthread_mutex_lock(&k->lock);
-    int rc = exchange(k, &request, &answer, NULL, 0);
-    pthread_mutex_unlock(&k->lock);
-    return rc;
+    return ask(k, &request, &answer, NULL, 0);
 }
 
 int keeper_drop_block(struct keeper *k, uint32_t block)

@@ -14,24 +14,27 @@
 #include <stdint.h>
 
 enum {
-    KEEPER_VERSION = 1,
+    KEEPER_VERSION = 2,
     KEEPER_BLOCKS_MAX = 1024,
     KEEPER_STAGING_BYTES = 2 << 20, /* the largest page size: one repair at most */
 };
 
 enum {
     KEEPER_HELLO = 1,    /* answer: keeper's pid; fds: the staging memfd */
-    KEEPER_MAKE = 2,     /* answer: place_addr, ioctls; fds: memfd read-write, placing uffd */
+    KEEPER_MAKE = 2,     /* answer: place_addr, ioctls; fds: memfd read-write, placing uffd; deferred: only the memfd */
     KEEPER_DROP = 3,     /* unregister, unmap, forget */
     KEEPER_REPAIR = 4,   /* copy length bytes of the staging memfd over [offset, + length): a present, sealed page */
     KEEPER_COMPLETE = 5, /* unregister: every page is in */
+    KEEPER_LISTEN = 6,   /* of a deferred block: map, register, seal; answer: place_addr, ioctls; fds: placing uffd */
 };
 
 struct keeper_request {
     uint32_t version;
     uint32_t op;
-    uint32_t block; /* DROP, REPAIR, COMPLETE: what MAKE answered */
+    uint32_t block; /* DROP, REPAIR, COMPLETE, LISTEN: what MAKE answered */
     uint32_t writable;
+    uint32_t deferred; /* MAKE: the memfd alone; it is neither mapped nor sealed before LISTEN */
+    uint32_t reserved;
     uint64_t map_length; /* MAKE: bytes, a multiple of page_size */
     uint64_t page_size;
     uint64_t offset;
@@ -58,6 +61,11 @@ uint32_t keeper_pid(const struct keeper *k);
 /* A new block's memfd and the placing uffd (both now the caller's). */
 int keeper_make_block(struct keeper *k, const char *idstr, uint64_t map_length, uint64_t page_size, int writable,
                       struct keeper_answer *answer, int *memfdp, int *placing_uffdp);
+/* The same in two steps, for memory that is written in place before anybody else has it: first its memfd (the
+ * caller's), then, when nothing stores into it any more and no mapping of it is left, the rest. */
+int keeper_defer_block(struct keeper *k, const char *idstr, uint64_t map_length, uint64_t page_size, int writable,
+                       uint32_t *blockp, int *memfdp);
+int keeper_listen_block(struct keeper *k, uint32_t block, struct keeper_answer *answer, int *placing_uffdp);
 int keeper_drop_block(struct keeper *k, uint32_t block);
 int keeper_complete_block(struct keeper *k, uint32_t block);
 /* Stores bytes over a foreign page. Called by whoever placed it; serialised inside. */

@@ -28,8 +28,9 @@ struct kept_block {
     int registered;
     int writable;
     int memfd;
-    uint8_t *place_addr;
+    uint8_t *place_addr; /* NULL: deferred, and not listening yet */
     uint64_t map_length;
+    uint64_t page_size;
 };
 
 struct keeping {
@@ -85,25 +86,22 @@ static int make_memfd(const struct keeper_request *request, struct keeper_answer
 
 /* PROT_NONE first: whatever touches a mapping before it is registered (mlockall, a core dump) would fill it with zero
  * pages. */
-static int map_and_register(struct keeping *k, const struct keeper_request *request, struct kept_block *block,
-                            struct keeper_answer *answer)
+static int map_and_register(struct keeping *k, struct kept_block *block, struct keeper_answer *answer)
 {
-    void *mapped = mmap(NULL, request->map_length, PROT_NONE, MAP_SHARED, block->memfd, 0);
+    uint64_t length = block->map_length;
+    void *mapped = mmap(NULL, length, PROT_NONE, MAP_SHARED, block->memfd, 0);
+
     if (mapped == MAP_FAILED)
-        return refuse(answer, errno, request->page_size > (uint64_t)getpagesize() ? "reserving huge pages" : "mmap");
+        return refuse(answer, errno, block->page_size > (uint64_t)getpagesize() ? "reserving huge pages" : "mmap");
     block->place_addr = mapped;
-    block->map_length = request->map_length;
-    if (madvise(mapped, request->map_length, MADV_DONTDUMP) < 0 ||
-        madvise(mapped, request->map_length, MADV_DONTFORK) < 0)
+    if (madvise(mapped, length, MADV_DONTDUMP) < 0 || madvise(mapped, length, MADV_DONTFORK) < 0)
         return refuse(answer, errno, "madvise");
-    (void)madvise(mapped, request->map_length,
-                  MADV_NOHUGEPAGE); /* refused where THP is not configured: then there is none */
-    int rc =
-        uffd_register(k->uffd, (uint64_t)(uintptr_t)mapped, request->map_length, UFFD_MODE_MISSING, &answer->ioctls);
+    (void)madvise(mapped, length, MADV_NOHUGEPAGE); /* refused where THP is not configured: then there is none */
+    int rc = uffd_register(k->uffd, (uint64_t)(uintptr_t)mapped, length, UFFD_MODE_MISSING, &answer->ioctls);
     if (rc < 0)
         return refuse(answer, -rc, "registering the block with userfaultfd");
     block->registered = 1;
-    if (mprotect(mapped, request->map_length, PROT_READ | PROT_WRITE) < 0)
+    if (mprotect(mapped, length, PROT_READ | PROT_WRITE) < 0)
         return refuse(answer, errno, "mprotect");
     return 0;
 }
@@ -126,11 +124,17 @@ static void complete_block(struct keeping *k, struct kept_block *block)
     block->registered = 0;
 }
 
-static void drop_block(struct keeping *k, struct kept_block *block)
+static void unmap_block(struct keeping *k, struct kept_block *block)
 {
     complete_block(k, block);
     if (block->place_addr)
         munmap(block->place_addr, block->map_length);
+    block->place_addr = NULL;
+}
+
+static void drop_block(struct keeping *k, struct kept_block *block)
+{
+    unmap_block(k, block);
     if (block->memfd >= 0)
         close(block->memfd);
     memset(block, 0, sizeof(*block));
@@ -148,6 +152,34 @@ static struct kept_block *free_slot(struct keeping *k, uint32_t *indexp)
     return NULL;
 }
 
+/* A block that cannot listen is as it was: its memory may yet be dropped, or tried again. */
+static int listen_on(struct keeping *k, struct kept_block *block, struct keeper_answer *answer)
+{
+    if (map_and_register(k, block, answer) < 0 || seal(block, answer) < 0) {
+        unmap_block(k, block);
+        return answer->status;
+    }
+    answer->place_addr = (uint64_t)(uintptr_t)block->place_addr;
+    return 0;
+}
+
+static void serve_listen(struct keeping *k, const struct keeper_request *request, struct keeper_answer *answer,
+                         int *fds, uint32_t *n_fdsp)
+{
+    struct kept_block *block = &k->blocks[request->block];
+
+    answer->block = request->block;
+    if (block->place_addr) {
+        refuse(answer, EALREADY, "listen");
+        return;
+    }
+    if (listen_on(k, block, answer) < 0)
+        return;
+    fds[0] = k->uffd;
+    *n_fdsp = 1;
+}
+
+/* Of a deferred block too the userfaultfd is opened here: a host that has none says so before anything is stored. */
 static void serve_make(struct keeping *k, const struct keeper_request *request, struct keeper_answer *answer, int *fds,
                        uint32_t *n_fdsp)
 {
@@ -160,18 +192,19 @@ static void serve_make(struct keeping *k, const struct keeper_request *request, 
     if (open_placing_uffd(k, answer) < 0)
         return;
     block->writable = request->writable != 0;
+    block->map_length = request->map_length;
+    block->page_size = request->page_size;
     block->memfd = make_memfd(request, answer);
     if (block->memfd < 0)
         return;
     block->in_use = 1;
-    if (map_and_register(k, request, block, answer) < 0 || seal(block, answer) < 0) {
+    if (!request->deferred && listen_on(k, block, answer) < 0) {
         drop_block(k, block);
         return;
     }
-    answer->place_addr = (uint64_t)(uintptr_t)block->place_addr;
     fds[0] = block->memfd;
     fds[1] = k->uffd;
-    *n_fdsp = 2;
+    *n_fdsp = request->deferred ? 1 : 2;
 }
 
 /* Only a block that nobody can punch holes into: a page that was present stays so, and this store cannot wait in a
@@ -180,8 +213,8 @@ static void serve_repair(struct keeping *k, const struct keeper_request *request
 {
     struct kept_block *block = &k->blocks[request->block];
 
-    if (block->writable || request->length > KEEPER_STAGING_BYTES || request->offset > block->map_length ||
-        request->length > block->map_length - request->offset) {
+    if (block->writable || !block->place_addr || request->length > KEEPER_STAGING_BYTES ||
+        request->offset > block->map_length || request->length > block->map_length - request->offset) {
         refuse(answer, EINVAL, "repair");
         return;
     }
@@ -191,7 +224,8 @@ static void serve_repair(struct keeping *k, const struct keeper_request *request
 static void serve_one(struct keeping *k, const struct keeper_request *request, struct keeper_answer *answer, int *fds,
                       uint32_t *n_fdsp)
 {
-    int names_block = request->op == KEEPER_DROP || request->op == KEEPER_REPAIR || request->op == KEEPER_COMPLETE;
+    int names_block = request->op == KEEPER_DROP || request->op == KEEPER_REPAIR || request->op == KEEPER_COMPLETE ||
+                      request->op == KEEPER_LISTEN;
 
     answer->pid = (uint32_t)getpid();
     if (request->version != KEEPER_VERSION) {
@@ -209,6 +243,8 @@ static void serve_one(struct keeping *k, const struct keeper_request *request, s
         serve_repair(k, request, answer);
     } else if (request->op == KEEPER_COMPLETE) {
         complete_block(k, &k->blocks[request->block]);
+    } else if (request->op == KEEPER_LISTEN) {
+        serve_listen(k, request, answer, fds, n_fdsp);
     } else {
         refuse(answer, EOPNOTSUPP, "unknown request");
     }

@@ -1,7 +1,8 @@
 /* page_channel: one connection to a source, behind one small table of functions.
  *
  * A channel reads bytes; it places nothing and knows no helper. Requests may complete in any order and on any thread,
- * exactly once each, also when the channel is closed (-ECANCELED).
+ * exactly once each, also when the channel is closed (-ECANCELED). One whose source pushes is the exception: its pages
+ * come asked for or not, it places them itself (fault_threads_place), and a request only says what is urgent.
  */
 #ifndef PCSHARE_PAGE_CHANNEL_H
 #define PCSHARE_PAGE_CHANNEL_H
@@ -11,6 +12,7 @@
 enum {
     PAGE_CHANNEL_DONE = 0,
     PAGE_CHANNEL_WOULD_BLOCK = 1, /* read_now: ask with submit */
+    PAGE_CHANNEL_ARRIVED = 2,     /* done: every page of the request has been placed; its bytes are not filled */
 };
 
 struct page_request;
@@ -56,6 +58,7 @@ struct page_channel {
     uint32_t stream_piece_bytes;
     uint32_t stream_piece_count;
     uint32_t stream_piece_count_demand; /* while somebody waits in a fault */
+    int pushes; /* its source sends every page of its own accord: only what somebody wants is asked for */
 };
 
 /* A local file. fd is consumed, also on failure; size is what it held at the start: where the file is shorter today,

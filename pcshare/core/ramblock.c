@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "bitmap.h"
@@ -31,6 +32,21 @@ static void discount(uint64_t *counter, uint64_t n)
 }
 
 /* ---- making ---- */
+
+static void close_fd(int *fd)
+{
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
+static void give_back(struct keeper *keeper, uint32_t keeper_block, int memfd)
+{
+    if (memfd < 0)
+        return;
+    (void)keeper_drop_block(keeper, keeper_block);
+    close(memfd);
+}
 
 static int check_sizes(const struct ramblock *b, char *text)
 {
@@ -55,19 +71,19 @@ static int check_sizes(const struct ramblock *b, char *text)
     return 0;
 }
 
+/* The keeper's mapping holds every huge page of such a block, so a hole left open would find none in a private mapping.
+ */
+static int needs_every_page(const struct ramblock *b)
+{
+    return b->page_size > (uint64_t)getpagesize();
+}
+
 /* Widens the extents to whole pages and merges what then touches. */
 static int set_extents(struct ramblock *b, const struct ramblock_extent *data, uint64_t n_data)
 {
     b->data = calloc(n_data ? n_data : 1, sizeof(*b->data));
     if (!b->data)
         return -ENOMEM;
-    /* The keeper's mapping holds every huge page of the block, so a hole left open would find none in a private
-     * mapping. */
-    if (b->page_size > (uint64_t)getpagesize()) {
-        b->data[0].end = b->missing_pages = b->page_count;
-        b->n_data = 1;
-        return 0;
-    }
     for (uint64_t i = 0; i < n_data; i++) {
         uint64_t start = data[i].start / b->page_size;
         uint64_t end = (data[i].end + b->page_size - 1) / b->page_size;
@@ -83,9 +99,13 @@ static int set_extents(struct ramblock *b, const struct ramblock_extent *data, u
             b->data[b->n_data++] = (struct ramblock_extent){.start = start, .end = end};
         }
     }
-    for (uint64_t i = 0; i < b->n_data; i++)
-        b->missing_pages += b->data[i].end - b->data[i].start;
     return 0;
+}
+
+static void hold_no_holes(struct ramblock *b)
+{
+    b->data[0] = (struct ramblock_extent){.start = 0, .end = b->page_count};
+    b->n_data = 1;
 }
 
 static int make_bitmaps(struct ramblock *b)
@@ -130,11 +150,81 @@ static int map_own(struct ramblock *b)
     return rc;
 }
 
-static int make_memory(struct ramblock *b, char *text)
+/* ---- memory that was filled before ---- */
+
+static int check_memory(const struct ramblock *b, char *text)
+{
+    struct stat stat;
+
+    if (fstat(b->memfd, &stat) < 0)
+        return -errno;
+    if ((uint64_t)stat.st_size == b->map_length && (!needs_every_page(b) || (uint64_t)stat.st_blksize == b->page_size))
+        return 0;
+    snprintf(text, CORE_ERROR_TEXT_MAX, "block %s: its memory of %llu bytes is not what was made for it", b->idstr,
+             (unsigned long long)stat.st_size);
+    return -EINVAL;
+}
+
+/* What is present must be received, or it would be read as it is, without a fault. */
+static int forget_the_rest(const struct ramblock *b)
+{
+    uint64_t page = bitmap_next_clear(b->received, 0, b->page_count);
+
+    while (page < b->page_count) {
+        uint64_t end = bitmap_next_set(b->received, page, b->page_count);
+        if (fallocate(b->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(page * b->page_size),
+                      (off_t)((end - page) * b->page_size)) < 0)
+            return -errno;
+        page = bitmap_next_clear(b->received, end, b->page_count);
+    }
+    return 0;
+}
+
+/* What is received must be present: nobody would ever place it. Of hugetlb the kernel does not tell. */
+static int check_present(const struct ramblock *b, char *text)
+{
+    uint64_t page = bitmap_next_set(b->received, 0, b->page_count);
+
+    while (page < b->page_count) {
+        uint64_t end = bitmap_next_clear(b->received, page, b->page_count);
+        off_t hole = lseek(b->memfd, (off_t)(page * b->page_size), SEEK_HOLE);
+        if (hole < 0)
+            return -errno;
+        if ((uint64_t)hole < end * b->page_size) {
+            snprintf(text, CORE_ERROR_TEXT_MAX, "block %s: the page at offset %llu is said to be received and is not",
+                     b->idstr, (unsigned long long)hole);
+            return -EIO;
+        }
+        page = bitmap_next_set(b->received, end, b->page_count);
+    }
+    return 0;
+}
+
+static int prepare_memory(const struct ramblock *b, char *text)
+{
+    int rc = check_memory(b, text);
+
+    if (rc == 0)
+        rc = forget_the_rest(b);
+    return rc < 0 ? rc : check_present(b, text);
+}
+
+static int fill_holes(struct ramblock *b)
+{
+    int rc = 0;
+
+    for (uint64_t page = 0; page < b->page_count && rc >= 0; page++)
+        if (ramblock_is_hole(b, page))
+            rc = ramblock_place_zero(b, page);
+    return rc < 0 ? rc : 0;
+}
+
+static int make_memory(struct ramblock *b, int is_deferred, char *text)
 {
     struct keeper_answer answer;
-    int rc = keeper_make_block(b->keeper, b->idstr, b->map_length, b->page_size, b->writable, &answer, &b->memfd,
-                               &b->placing_uffd);
+    int rc = is_deferred ? keeper_listen_block(b->keeper, b->keeper_block, &answer, &b->placing_uffd)
+                         : keeper_make_block(b->keeper, b->idstr, b->map_length, b->page_size, b->writable, &answer,
+                                             &b->memfd, &b->placing_uffd);
 
     if (rc < 0) {
         snprintf(text, CORE_ERROR_TEXT_MAX, "block %s: %.180s", b->idstr, keeper_error_text(b->keeper));
@@ -155,6 +245,21 @@ static int make_memory(struct ramblock *b, char *text)
     return rc;
 }
 
+/* Of new memory the bitmap is all zeros, and for a sparse block too large to read. */
+static void count_pages(struct ramblock *b, int is_deferred)
+{
+    uint64_t received = is_deferred ? bitmap_count(b->received, 0, b->page_count) : 0, data = 0, data_received = 0;
+
+    for (uint64_t i = 0; i < b->n_data; i++) {
+        data += b->data[i].end - b->data[i].start;
+        if (is_deferred)
+            data_received += bitmap_count(b->received, b->data[i].start, b->data[i].end);
+    }
+    b->missing_pages = data - data_received;
+    b->status->hole_pages = b->page_count - data - (received - data_received);
+    b->status->received_pages = received;
+}
+
 static void describe(struct ramblock *b)
 {
     struct status_block *status = b->status;
@@ -164,20 +269,48 @@ static void describe(struct ramblock *b)
     status->used_length = b->used_length;
     status->page_size = b->page_size;
     status->page_count = b->page_count;
-    status->hole_pages = b->page_count - b->missing_pages;
+    status->stream_pages = status->received_pages; /* what is here already came without anybody waiting */
     __atomic_store_n(&status->in_use, 1, __ATOMIC_RELEASE);
 }
 
-int ramblock_new(struct ramblock **bp, struct keeper *keeper, const char *idstr, uint64_t used_length,
-                 uint64_t map_length, uint64_t page_size, int writable, const struct ramblock_extent *data,
-                 uint64_t n_data, uint32_t index, struct status_block *status, uint64_t *received, char *text)
+/* From the sizes to the memory; b holds what the caller asked for. */
+static int make(struct ramblock *b, int is_deferred, const struct ramblock_extent *data, uint64_t n_data, char *text)
+{
+    int rc = check_sizes(b, text);
+
+    if (rc == 0) {
+        b->page_count = b->map_length / b->page_size;
+        rc = set_extents(b, data, n_data);
+    }
+    if (rc == 0 && needs_every_page(b) && !is_deferred)
+        hold_no_holes(b);
+    if (rc == 0)
+        rc = make_bitmaps(b);
+    if (rc == 0 && is_deferred)
+        rc = prepare_memory(b, text);
+    if (rc == 0)
+        rc = make_memory(b, is_deferred, text);
+    if (rc == 0)
+        count_pages(b, is_deferred);
+    if (rc == 0 && needs_every_page(b) && is_deferred)
+        rc = fill_holes(b);
+    return rc;
+}
+
+int ramblock_new(struct ramblock **bp, struct keeper *keeper, const struct ramblock_memory *memory, const char *idstr,
+                 uint64_t used_length, uint64_t map_length, uint64_t page_size, int writable,
+                 const struct ramblock_extent *data, uint64_t n_data, uint32_t index, struct status_block *status,
+                 uint64_t *received, char *text)
 {
     struct ramblock *b = calloc(1, sizeof(*b));
 
     *bp = NULL;
     text[0] = '\0';
-    if (!b)
+    if (!b) {
+        if (memory)
+            give_back(keeper, memory->keeper_block, memory->memfd);
         return -ENOMEM;
+    }
     snprintf(b->idstr, sizeof(b->idstr), "%s", idstr);
     b->used_length = used_length;
     b->map_length = map_length;
@@ -188,15 +321,11 @@ int ramblock_new(struct ramblock **bp, struct keeper *keeper, const char *idstr,
     b->status = status;
     b->received = received;
     b->memfd = b->helper_memfd = b->placing_uffd = b->own_uffd = -1;
-    int rc = check_sizes(b, text);
-    if (rc == 0) {
-        b->page_count = map_length / page_size;
-        rc = set_extents(b, data, n_data);
+    if (memory) {
+        b->keeper_block = memory->keeper_block;
+        b->memfd = memory->memfd;
     }
-    if (rc == 0)
-        rc = make_bitmaps(b);
-    if (rc == 0)
-        rc = make_memory(b, text);
+    int rc = make(b, memory != NULL, data, n_data, text);
     if (rc < 0) {
         if (!text[0])
             snprintf(text, CORE_ERROR_TEXT_MAX, "block %s: %s", b->idstr, strerror(-rc));
@@ -208,13 +337,6 @@ int ramblock_new(struct ramblock **bp, struct keeper *keeper, const char *idstr,
     return 0;
 }
 
-static void close_fd(int *fd)
-{
-    if (*fd >= 0)
-        close(*fd);
-    *fd = -1;
-}
-
 void ramblock_free(struct ramblock *b)
 {
     if (!b)
@@ -223,11 +345,9 @@ void ramblock_free(struct ramblock *b)
     if (b->host_addr)
         munmap(b->host_addr, b->map_length);
     close_fd(&b->own_uffd);
-    if (b->memfd >= 0)
-        (void)keeper_drop_block(b->keeper, b->keeper_block);
+    give_back(b->keeper, b->keeper_block, b->memfd);
     close_fd(&b->placing_uffd);
     close_fd(&b->helper_memfd);
-    close_fd(&b->memfd);
     bitmap_free(b->placing, b->page_count);
     bitmap_free(b->requested, b->page_count);
     bitmap_free(b->failed, b->page_count);
@@ -360,14 +480,14 @@ static int copy_in(struct ramblock *b, uint64_t page, uint64_t n, const uint8_t 
     return uffd_copy(b->placing_uffd, b->place_addr + page * b->page_size, bytes, n * b->page_size, donep);
 }
 
-static int zero_in(struct ramblock *b, uint64_t page, uint64_t *donep)
+static int zero_in(struct ramblock *b, uint64_t page, uint64_t n, uint64_t *donep)
 {
     if (!b->can_zeropage)
         return copy_in(b, page, 1, zero_page, donep);
-    return uffd_zeropage(b->placing_uffd, b->place_addr + page * b->page_size, b->page_size, donep);
+    return uffd_zeropage(b->placing_uffd, b->place_addr + page * b->page_size, n * b->page_size, donep);
 }
 
-/* Places pages that we hold the placing bits of; gives the bits up whatever happens. bytes NULL: one zero page. */
+/* Places pages that we hold the placing bits of; gives the bits up whatever happens. bytes NULL: zeros. */
 static int place_run(struct ramblock *b, uint64_t page, uint64_t n, const uint8_t *bytes, uint64_t *placed_pagesp)
 {
     uint64_t placed = 0;
@@ -375,7 +495,8 @@ static int place_run(struct ramblock *b, uint64_t page, uint64_t n, const uint8_
 
     while (placed < n) {
         uint64_t done = 0, at = page + placed;
-        int rc = bytes ? copy_in(b, at, n - placed, bytes + placed * b->page_size, &done) : zero_in(b, at, &done);
+        int rc = bytes ? copy_in(b, at, n - placed, bytes + placed * b->page_size, &done)
+                       : zero_in(b, at, n - placed, &done);
 
         finish_pages(b, at, done / b->page_size);
         placed += done / b->page_size;
@@ -399,7 +520,9 @@ static int place_run(struct ramblock *b, uint64_t page, uint64_t n, const uint8_
     return 0;
 }
 
-int ramblock_place(struct ramblock *b, uint64_t page, uint64_t n_pages, const void *bytes, uint64_t *placed_pagesp)
+/* bytes NULL: zeros. */
+static int place_pages(struct ramblock *b, uint64_t page, uint64_t n_pages, const uint8_t *bytes,
+                       uint64_t *placed_pagesp)
 {
     uint64_t end = page + n_pages, at = page;
 
@@ -410,32 +533,43 @@ int ramblock_place(struct ramblock *b, uint64_t page, uint64_t n_pages, const vo
             at++;
             continue;
         }
-        int rc = place_run(b, at, run, (const uint8_t *)bytes + (at - page) * b->page_size, placed_pagesp);
+        int rc = place_run(b, at, run, bytes ? bytes + (at - page) * b->page_size : NULL, placed_pagesp);
         if (rc < 0)
             return rc;
         at += run;
     }
-    trace_point(TRACE_PLACE, b->index, 0, page, *placed_pagesp);
     return *placed_pagesp ? RAMBLOCK_PLACED : RAMBLOCK_PRESENT;
+}
+
+int ramblock_place(struct ramblock *b, uint64_t page, uint64_t n_pages, const void *bytes, uint64_t *placed_pagesp)
+{
+    int rc = place_pages(b, page, n_pages, bytes, placed_pagesp);
+
+    if (rc >= 0)
+        trace_point(TRACE_PLACE, b->index, 0, page, *placed_pagesp);
+    return rc;
+}
+
+int ramblock_place_zeros(struct ramblock *b, uint64_t page, uint64_t n_pages, uint64_t *placed_pagesp)
+{
+    int rc = place_pages(b, page, n_pages, NULL, placed_pagesp);
+
+    count(&b->status->zero_pages, *placed_pagesp);
+    trace_point(TRACE_PLACE_ZERO, b->index, 0, page, *placed_pagesp);
+    return rc;
 }
 
 int ramblock_place_zero(struct ramblock *b, uint64_t page)
 {
-    uint64_t placed = 0;
+    uint64_t placed;
 
-    if (acquire_run(b, page, page + 1) == 0)
-        return RAMBLOCK_PRESENT;
-    int rc = place_run(b, page, 1, NULL, &placed);
-    if (rc == 0 && placed)
-        count(&b->status->zero_pages, 1);
-    trace_point(TRACE_PLACE_ZERO, b->index, 0, page, placed);
-    return rc < 0 ? rc : placed ? RAMBLOCK_PLACED : RAMBLOCK_PRESENT;
+    return ramblock_place_zeros(b, page, 1, &placed);
 }
 
 int ramblock_revive(struct ramblock *b, uint64_t page)
 {
     uint64_t done;
-    int rc = zero_in(b, page, &done);
+    int rc = zero_in(b, page, 1, &done);
 
     if (rc == -EEXIST)
         return RAMBLOCK_PRESENT;

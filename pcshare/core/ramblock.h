@@ -24,6 +24,12 @@ struct ramblock_extent {
     uint64_t end;
 };
 
+/* Memory that was filled before anybody else had it: a deferred block of the keeper's. */
+struct ramblock_memory {
+    uint32_t keeper_block;
+    int memfd;
+};
+
 struct ramblock {
     char idstr[64];
     uint64_t used_length;
@@ -61,10 +67,15 @@ enum {
 
 /* Makes the block: keeper's mapping, own mapping, bitmaps. received lies in the status segment and holds zeros; status
  * is filled in. data may be NULL (all holes); it is copied, in bytes, and widened to whole pages. -EINVAL: a length
- * that is no multiple of the page size, or sizes that do not fit; the text says which. */
-int ramblock_new(struct ramblock **bp, struct keeper *keeper, const char *idstr, uint64_t used_length,
-                 uint64_t map_length, uint64_t page_size, int writable, const struct ramblock_extent *data,
-                 uint64_t n_data, uint32_t index, struct status_block *status, uint64_t *received, char *text);
+ * that is no multiple of the page size, or sizes that do not fit; the text says which.
+ *
+ * memory NULL: new and empty. Else the keeper's deferred block, which belongs to this one from here on, also on
+ * failure, as its memfd does; received then tells which pages are in it. Whatever else it holds is forgotten before it
+ * is sealed; a page that is said to be received and is not there: -EIO. Holes of huge pages are filled. */
+int ramblock_new(struct ramblock **bp, struct keeper *keeper, const struct ramblock_memory *memory, const char *idstr,
+                 uint64_t used_length, uint64_t map_length, uint64_t page_size, int writable,
+                 const struct ramblock_extent *data, uint64_t n_data, uint32_t index, struct status_block *status,
+                 uint64_t *received, char *text);
 void ramblock_free(struct ramblock *b);
 /* Unregisters the coordinator's own mapping and the keeper's: every page is in. Twice is fine. */
 void ramblock_complete(struct ramblock *b);
@@ -82,6 +93,8 @@ uint64_t ramblock_claim_missing(struct ramblock *b, uint64_t start, uint64_t end
  * read-only block. */
 int ramblock_place(struct ramblock *b, uint64_t page, uint64_t n_pages, const void *bytes, uint64_t *placed_pagesp);
 int ramblock_place_zero(struct ramblock *b, uint64_t page);
+/* The same for many pages. */
+int ramblock_place_zeros(struct ramblock *b, uint64_t page, uint64_t n_pages, uint64_t *placed_pagesp);
 /* A received page that faults: present (1), or removed by a helper and now zero again (0). */
 int ramblock_revive(struct ramblock *b, uint64_t page);
 /* Forgets the memory and the received bits of n_pages from start_page. -EPERM: the block is sealed against it. */

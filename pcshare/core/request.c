@@ -179,6 +179,46 @@ void after_placing(struct fault_threads *ft, struct served_block *served, uint64
     tell_progress(ft, served);
 }
 
+/* Of pages that another thread is placing at this moment that thread tells. */
+static void after_pushing(struct fault_threads *ft, struct served_block *served, uint64_t page, uint64_t end,
+                          uint64_t placed, int kind)
+{
+    uint64_t *received = served->block->received;
+
+    for (uint64_t at = bitmap_next_set(received, page, end); at < end;) {
+        uint64_t stop = bitmap_next_clear(received, at, end);
+        after_placing(ft, served, at, stop - at, placed, kind);
+        placed = 0;
+        at = bitmap_next_set(received, stop, end);
+    }
+}
+
+int fault_threads_place(struct fault_threads *ft, uint32_t block_index, uint64_t page, uint64_t n_pages,
+                        const void *bytes, int is_demand, uint64_t *placed_pagesp)
+{
+    struct served_block *served = NULL;
+
+    *placed_pagesp = 0;
+    if (block_index < STATUS_BLOCKS_MAX)
+        served = __atomic_load_n(&ft->blocks[block_index], __ATOMIC_ACQUIRE);
+    if (!served)
+        return -ENOENT;
+    struct ramblock *block = served->block;
+    if (page > block->page_count || n_pages > block->page_count - page)
+        return -EINVAL;
+    int rc = bytes ? ramblock_place(block, page, n_pages, bytes, placed_pagesp)
+                   : ramblock_place_zeros(block, page, n_pages, placed_pagesp);
+    after_pushing(ft, served, page, page + n_pages, *placed_pagesp, is_demand ? PLACED_DEMAND : PLACED_STREAM);
+    return rc < 0 ? rc : 0;
+}
+
+int checked_result(const struct ramblock *block, const struct page_request *request, int result)
+{
+    uint64_t end = request->page + request->n_pages;
+
+    return result == PAGE_CHANNEL_ARRIVED && ramblock_next_missing(block, request->page, end) < end ? -EPROTO : result;
+}
+
 /* ---- asking ---- */
 
 /* The page did not come: whoever waits goes on waiting, visibly, or is told by a poison mark. */
@@ -214,7 +254,10 @@ static void demand_done(struct page_request *request, int result)
     struct ramblock *block = served->block;
     uint64_t placed = 0;
 
-    if (result == 0) {
+    result = checked_result(block, request, result);
+    if (result == PAGE_CHANNEL_ARRIVED) {
+        credit_helper(ft, demand->asker, 1);
+    } else if (result == 0) {
         memset(demand->bytes + request->length, 0, block->page_size - request->length);
         result = ramblock_place(block, request->page, 1, demand->bytes, &placed);
         credit_helper(ft, demand->asker, placed);

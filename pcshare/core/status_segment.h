@@ -13,9 +13,10 @@
 
 enum {
     STATUS_MAGIC = 0x54534350, /* "PCST" */
-    STATUS_VERSION = 1,
+    STATUS_VERSION = 2,
     STATUS_NAME_MAX = 64,
     STATUS_REASON_MAX = 256,
+    STATUS_MACHINE_MAX = 256,
     STATUS_BLOCKS_MAX = 1024,
     STATUS_HELPERS_MAX = 4096,
     STATUS_BUCKETS = 32, /* bucket i counts waits of [2^(i-1), 2^i) us; bucket 0: under 1 us */
@@ -109,6 +110,9 @@ struct status_header {
     char socket_path[128];
     char reason[256];
     struct status_histogram blocktime; /* all helpers, those that left included */
+    char machine[256];                 /* what an incoming migration says of its source; guarded by text_seq */
+    uint64_t target_page_size;         /* bytes; 0: no migration has announced its blocks */
+    uint64_t source_page_sizes;        /* bytes, those of all its blocks ORed */
 };
 
 /* The bucket that a wait of so many microseconds counts in. */

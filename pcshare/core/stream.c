@@ -202,8 +202,9 @@ static int claim_for_background(struct fault_threads *ft, struct stream_piece *p
         struct served_block *served = ft->blocks[s->block_index];
         uint64_t first = 0, n = 0;
 
-        int complete = !served || __atomic_load_n(&served->complete, __ATOMIC_ACQUIRE);
-        if (!complete && !is_busy(ft, served))
+        /* What a source pushes comes by itself. */
+        int over = !served || served->pushes || __atomic_load_n(&served->complete, __ATOMIC_ACQUIRE);
+        if (!over && !is_busy(ft, served))
             n = claim_in_block(ft, served, &first);
         if (n) {
             piece->block = served->block;
@@ -213,7 +214,7 @@ static int claim_for_background(struct fault_threads *ft, struct stream_piece *p
             piece->asker = 0;
             return ISSUED;
         }
-        if (!complete)
+        if (!over)
             tell_gaps(ft, served);
         s->block_index = (s->block_index + 1) % STATUS_BLOCKS_MAX;
     }
@@ -326,11 +327,16 @@ static void finish_piece(struct fault_threads *ft, struct stream_piece *piece)
     struct ramblock *block = piece->block;
     struct page_request *request = &piece->request;
     uint64_t placed = 0;
-    int rc;
+    int rc = checked_result(block, request, piece->result);
 
-    if (piece->result < 0) {
-        if (piece->result != -ECANCELED)
-            piece_failed(ft, piece, -piece->result, EVENT_BLOCK_SOURCE_ERROR);
+    if (rc < 0) {
+        if (rc != -ECANCELED)
+            piece_failed(ft, piece, -rc, EVENT_BLOCK_SOURCE_ERROR);
+        return;
+    }
+    if (rc == PAGE_CHANNEL_ARRIVED) {
+        bitmap_clear_range(block->requested, request->page, request->page + request->n_pages);
+        credit_helper(ft, piece->asker, request->n_pages);
         return;
     }
     memset(request->bytes + request->length, 0, request->n_pages * block->page_size - request->length);
