@@ -85,6 +85,18 @@ class SourceLost(SourceError):
         self.block = block
 
 
+class MigrationError(SourceError):
+    """A migration stream that the format does not allow (EPROTO), or that uses what is not done here (EPROTONOSUPPORT).
+
+    ``offset``: the byte of the stream where what is wrong begins."""
+
+    def __init__(
+        self, message: str, *, offset: int = 0, errno: int | None = errno_codes.EPROTO, hint: str | None = None
+    ) -> None:
+        super().__init__(message, errno=errno, hint=hint)
+        self.offset = offset
+
+
 class NameInUse(PcshareError):
     """A coordinator of that name lives, or a dead one left things behind; the message says which."""
 
