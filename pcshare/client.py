@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SOCKET_VARIABLE = "PCSHARE_SOCKET"  # set by `pcshare run` for its command
-RETRY_S = 0.02  # between looks for a coordinator that is not there yet
+RETRY_S, RETRY_MAX_S = 0.02, 0.2  # between looks for a coordinator that is not there yet, or has nothing yet
 MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named in Python 3.13 and later
 
 _MODES = {None: 0, "ro": lib.PCSHARE_RO, "rw": lib.PCSHARE_RW, "cow": lib.PCSHARE_COW}
@@ -75,7 +75,8 @@ def attach(
     *,
     socket: str | os.PathLike[str] | None = None,
 ) -> Block:
-    """Attaches to a block of the coordinator NAME, waiting up to timeout_s for it to appear.
+    """Attaches to a block of the coordinator NAME, waiting up to timeout_s for both to appear: an incoming migration's
+    blocks are handed out when their source has come so far.
 
     Without name and socket the coordinator of `pcshare run` is meant (PCSHARE_SOCKET). Without block, its only one.
     mode: "ro" (private, read-only), "rw" (shared, of a writable block), "cow" (private: what is written stays here);
@@ -87,7 +88,8 @@ def attach(
     if mode not in _MODES:
         raise UsageError(f"mode {mode!r}: it is 'ro', 'rw' or 'cow'")
     path = _SocketPath(name, socket)
-    deadline = time.monotonic() + timeout_s
+    deadline, pause_s = time.monotonic() + timeout_s, RETRY_S
+    waits_for = ""  # what the coordinator said last; the last try may have no time left for an answer
     while True:
         left_ms = max(1, round((deadline - time.monotonic()) * 1000))
         found = path.find()
@@ -96,13 +98,32 @@ def attach(
             rc, attached = _attach_once(found, block or "", _MODES[mode], left_ms)
         if attached is not None:
             return attached
+        if rc == -errno.EAGAIN:
+            waits_for = _error_text()
+        if rc == -errno.ETIMEDOUT and waits_for:
+            raise _still_waiting(waits_for, path, timeout_s)
         if rc not in _TRY_AGAIN:
             check(rc, f"attaching to {path}", _error_text())
         if rc != -errno.EINTR and time.monotonic() >= deadline:
-            raise NoSuchCoordinator(
-                f"no coordinator at {path} within {timeout_s:g} s", errno=-rc, hint=NoSuchCoordinator.usual_hint
-            )
-        time.sleep(RETRY_S)  # also where a signal's handler runs
+            raise _waited_in_vain(rc, path, timeout_s)
+        time.sleep(min(pause_s, max(0.0, deadline - time.monotonic())))  # also where a signal's handler runs
+        pause_s = min(2 * pause_s, RETRY_MAX_S) if rc == -errno.EAGAIN else RETRY_S
+
+
+def _waited_in_vain(rc: int, path: _SocketPath, timeout_s: float) -> PcshareError:
+    if rc == -errno.EAGAIN:  # it is there, and says what it waits for itself
+        return _still_waiting(_error_text(), path, timeout_s)
+    return NoSuchCoordinator(
+        f"no coordinator at {path} within {timeout_s:g} s", errno=-rc, hint=NoSuchCoordinator.usual_hint
+    )
+
+
+def _still_waiting(what: str, path: _SocketPath, timeout_s: float) -> AttachTimeout:
+    return AttachTimeout(
+        f"{path}: {timeout_s:g} s over: {what}",
+        errno=errno.ETIMEDOUT,
+        hint="give it more time (timeout_s); `pcshare status` says how far it is",
+    )
 
 
 class _SocketPath:

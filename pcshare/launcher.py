@@ -142,6 +142,7 @@ class Coordinator:
         ready_timeout_s: float = 30.0,
         fault_threads: int | None = None,
         orphan_timeout_s: float | None = None,
+        device_state: str | os.PathLike[str] | None = None,
         allow_uid: Iterable[int] = (),
         allow_gid: Iterable[int] = (),
         exports: Iterable[str] | str = (),
@@ -167,6 +168,8 @@ class Coordinator:
             self._options.append(f"--fault-threads={fault_threads}")
         if orphan_timeout_s is not None:
             self._options.append(f"--orphan-timeout={orphan_timeout_s:f}s")
+        if device_state is not None:
+            self._options.append(f"--device-state={os.fspath(device_state)}")
         self._on_event = on_event
         self._ready_timeout_s = ready_timeout_s
         self._creator_pid = os.getpid()
@@ -180,7 +183,7 @@ class Coordinator:
     # -- life
 
     def start(self) -> Coordinator:
-        """Starts the process; returns when attach would succeed."""
+        """Starts the process; returns when attach would succeed. Of an incoming migration: when a source can come."""
         if self._process is not None:
             raise errors.PcshareError(f"coordinator {self.name!r} is started already")
         self._creator_pid = os.getpid()

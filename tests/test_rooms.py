@@ -23,12 +23,14 @@ ROOMS = (
     ("page_channel",),
     ("trace",),
     ("fault_thread",),
+    ("incoming",),
     ("state",),
     ("notifier",),
     ("probe",),
     ("protocol",),
     ("transport",),
     ("nbd",),
+    ("migration",),
     ("sources",),
     ("status",),
     ("coordinator", "client"),
@@ -42,7 +44,7 @@ ROOMS = (
     ("__init__", "__main__"),  # the package's own face
 )
 LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
-SKINS = {"fds", "uffd", "keeper", "ramblock", "page_channel", "trace", "fault_thread"}
+SKINS = {"fds", "uffd", "keeper", "ramblock", "page_channel", "trace", "fault_thread", "incoming"}
 CORE_USERS = {"core", "status", "protocol", "client"} | SKINS
 FD_PASSING = {"sendmsg", "recvmsg", "recvmsg_into", "send_fds", "recv_fds"}
 FD_PASSER = "transport"

@@ -157,7 +157,7 @@ def test_refusal_has_a_cure(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["big:#delay=2ms", "a b:c", "gr\u00f6\u00dfe:x", "-oProxyCommand:x", "-x@host:p", "qemu+tcp://h:1", "nbds://h/x"],
+    ["big:#delay=2ms", "a b:c", "gr\u00f6\u00dfe:x", "-oProxyCommand:x", "-x@host:p", "qemu+rdma:h:1", "nbds://h/x"],
 )
 def test_unknown_scheme_names_the_known_ones(text: str) -> None:
     with pytest.raises(UsageError, match="unknown kind of source") as refusal:
@@ -476,3 +476,46 @@ def test_parsing_needs_no_compiled_module() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30)
     assert done.stdout.strip() == "False"
+
+
+# ---- a migration stream ----
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("qemu+unix:/run/vm.sock", "/run/vm.sock"),
+        ("QEMU+UNIX:vm.sock", "./vm.sock"),
+        ("qemu+unix:/run/a%2Cb%23c", "/run/a,b#c"),
+        ("qemu+tcp://127.0.0.1:4444", "127.0.0.1:4444"),
+        ("qemu+tcp://[::1]:0", "[::1]:0"),
+    ],
+)
+def test_migration_stream_is_a_place_to_listen(text: str, target: str) -> None:
+    spec = parse_argument(text)
+    assert (spec.block, spec.target, spec.is_incoming) == ("", target, True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "vm=qemu+unix:/run/vm.sock",
+        "qemu+unix:",
+        "qemu+unix:///run/vm.sock",
+        "qemu+unix:/a,nbd://h/x",
+        "qemu+unix:/run/vm.sock#delay=2ms",
+        "qemu+tcp://h",
+        "qemu+tcp://h:70000",
+        "qemu+tcp://h:1/x",
+        "qemu+tcp:h:1",
+    ],
+)
+def test_migration_stream_that_cannot_be_is_refused(text: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        parse_argument(text)
+    assert refusal.value.hint
+
+
+def test_migration_stream_stands_alone() -> None:
+    with pytest.raises(UsageError, match="all that a coordinator serves"):
+        parse_arguments(["zero:4K", "qemu+unix:/run/vm.sock"])

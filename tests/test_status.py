@@ -58,6 +58,8 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
     sys.stdin.read()
 """
 
+MARK = (0x54534350, lib.STATUS_VERSION)  # how a segment begins
+
 
 @pytest.fixture
 def name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
@@ -422,8 +424,8 @@ def test_unknown_name_is_told() -> None:
         (b"PCST\1\0\0\0", "ends at byte 8"),
         (bytes(8192), "just starting"),
         (b"GARBAGE!" * 1024, "not 0x54534350"),
-        (struct.pack("<IIQQQII", 0x54534350, 1, 2**63, 0, 0, 2**31, 2**31) + bytes(8192), "do not lie inside"),
-        (struct.pack("<IIQQQII", 0x54534350, 1, 16384, 4096, 8192, 1, 1) + bytes(8192), "bytes of 16384"),
+        (struct.pack("<IIQQQII", *MARK, 2**63, 0, 0, 2**31, 2**31) + bytes(8192), "do not lie inside"),
+        (struct.pack("<IIQQQII", *MARK, 16384, 4096, 8192, 1, 1) + bytes(8192), "bytes of 16384"),
     ],
 )
 def test_file_that_is_no_segment_is_refused_with_the_cure(name: str, content: bytes, told: str) -> None:

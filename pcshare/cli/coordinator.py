@@ -67,6 +67,7 @@ def command(**given: Any) -> int:
       pcshare coordinator --name weights weights=/data/weights.npy
       pcshare coordinator --name job --stream lazy index=big.idx scratch=zero:1G
       pcshare coordinator --name demo 'slow=big.bin#delay=2ms&rate=200M'
+      pcshare coordinator --name vm qemu+unix:/run/vm.sock
 
     With --json one JSON object is printed when the coordinator is ready.
     """
@@ -125,6 +126,7 @@ def _options(given: dict[str, Any]) -> Options:
         replace=given["replace"],
         trace=given["trace"],
         exports=given["exports"],
+        device_state=given["device_state"],
         **more,
     )
 
@@ -157,6 +159,7 @@ def _say_ready(server: Server, as_json: bool) -> None:
         {"idstr": block.idstr, "used_length": block.ram.used_length, "writable": block.ram.writable}
         for block in server.blocks
     ]
+    incoming = server.incoming.addresses if server.incoming is not None else []
     if as_json:
         options.print_json(
             {
@@ -165,9 +168,12 @@ def _say_ready(server: Server, as_json: bool) -> None:
                 "pid": os.getpid(),
                 "blocks": blocks,
                 "exports": server.exports.addresses,
+                "incoming": incoming,
             }
         )
     elif sys.stderr.isatty():
         names = ", ".join(str(block["idstr"]) for block in blocks)
+        if incoming:
+            names = f"what a source brings to {' or '.join(incoming)}"
         where = "".join(f"; over NBD on {address}" for address in server.exports.addresses)
         click.echo(f"pcshare: coordinator {server.options.name!r} serves {names}{where}; Ctrl-C ends it", err=True)

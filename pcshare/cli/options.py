@@ -132,6 +132,11 @@ _SERVING = (
         help="How long helpers wait for a coordinator that went away; 0: for ever.",
     ),
     click.option(
+        "--device-state",
+        metavar="FILE",
+        help="Of an incoming migration: keep what it says of the machine's devices, as it came.",
+    ),
+    click.option(
         "--notifier-timeout",
         type=DURATION,
         default="10s",
@@ -144,7 +149,7 @@ _SERVING = (
 
 def coordinator_options(function: Decorated) -> Decorated:
     """The options of whoever starts a coordinator: stream, page_size, writable, on_source_loss, source_timeout (s),
-    allow_uid, allow_gid, fault_threads, orphan_timeout (s), notifier_timeout (s)."""
+    allow_uid, allow_gid, fault_threads, orphan_timeout (s), device_state, notifier_timeout (s)."""
     for option in reversed(_SERVING):
         function = option(function)
     return function

@@ -9,22 +9,23 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from pcshare.coordinator.links import LinkReports
 from pcshare.coordinator.opening import close_sources, open_sources
 from pcshare.coordinator.options import Options
-from pcshare.errors import NoSuchBlock, UsageError
+from pcshare.errors import NoSuchBlock, PcshareError, UsageError
 from pcshare.fault_thread import EventKind, FaultEvent, FaultThreads
 from pcshare.keeper import Keeper
 from pcshare.notifier import Change, NotifierChain
-from pcshare.ramblock import RAMBlock, rounded_up
+from pcshare.ramblock import CoreExtents, DeferredMemory, RAMBlock
 from pcshare.sources import LinkState, OpenedSource, shown
 from pcshare.state import State, StateCell
-from pcshare.status import SegmentWriter
+from pcshare.status import BitmapRegion, SegmentWriter
 from pcshare.units import format_bytes
 
 log = logging.getLogger("pcshare")
@@ -34,11 +35,14 @@ CGROUP_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory
 
 
 class Block:
-    """A RAM block with its source and its state."""
+    """A RAM block with its source and its state. Before LISTEN nobody has its memory, and ram is not there."""
 
-    def __init__(self, source: OpenedSource, ram: RAMBlock) -> None:
+    def __init__(self, source: OpenedSource, index: int, region: BitmapRegion) -> None:
         self.source = source
-        self.ram = ram
+        self.index = index
+        self.region = region  # the received bitmap
+        self._ram: RAMBlock | None = None
+        self.is_served = False  # the fault threads have it, its memory can be handed out
         self.cell = StateCell()
         self.failure = ""  # why the core has paused it
         self.away = ""  # why its source does not answer
@@ -48,11 +52,16 @@ class Block:
 
     @property
     def idstr(self) -> str:
-        return self.ram.idstr
+        return self.source.spec.block
 
     @property
-    def index(self) -> int:
-        return self.ram.index
+    def ram(self) -> RAMBlock:
+        assert self._ram is not None, f"block {self.idstr} is asked for before LISTEN"
+        return self._ram
+
+    @ram.setter
+    def ram(self, ram: RAMBlock) -> None:
+        self._ram = ram
 
     @property
     def state(self) -> State:
@@ -75,6 +84,7 @@ class Blocks:
         self._on_state = on_state
         self._by_index: dict[int, Block] = {}
         self.links = LinkReports()
+        self.waiting_for = ""  # while blocks are still to come with a source: what for
 
     def __iter__(self) -> Iterator[Block]:
         return iter(tuple(self._by_index.values()))
@@ -83,7 +93,10 @@ class Blocks:
         return self._by_index[index]
 
     def find(self, idstr: str) -> Block:
-        """The block of that name; with an empty name the only one. NoSuchBlock names those there are."""
+        """The block of that name; with an empty name the only one. NoSuchBlock names those there are; PcshareError
+        EAGAIN says what is waited for before it can be handed out."""
+        if self.waiting_for:
+            raise PcshareError(f"{idstr or 'the block'} is not there yet: {self.waiting_for}", errno=errno.EAGAIN)
         names = sorted(block.idstr for block in self)
         for block in self:
             if block.idstr == idstr or (not idstr and len(names) == 1):
@@ -114,41 +127,65 @@ class Blocks:
 
     def add(self, source: OpenedSource, keeper: Keeper, fault_threads: FaultThreads) -> None:
         """Makes a block, discards what it may hold, listens on it and lets it run."""
-        index = len(self._by_index)
-        page_size = self._options.page_size
-        map_length = rounded_up(source.used_length, page_size)
-        pages = [(start // page_size, -(-end // page_size)) for start, end in source.extents]
-        region = self._segment.add_bitmap(map_length // page_size, pages)
-        status = self._segment.block_slot(index)
-        status.bitmap_offset = region.offset
-        ram = RAMBlock(
-            keeper,
-            source.spec.block,
-            used_length=source.used_length,
-            page_size=page_size,
-            writable=source.default_writable or source.spec.block in self._options.writable,
-            extents=source.extents,
-            index=index,
-            status=status,
-            received=region.address,
-        )
-        block = Block(source, ram)
-        self._by_index[index] = block
+        block = self._new(source, self._options.page_size, source.extents)
+        ram = self._make_ram(block, keeper, self._options.page_size, source.extents)
         try:
             self._change(block, State.ADVISE)
             self._notifiers.notify(Change.INBOUND_ADVISE, block.idstr)
             self._discard_all(block)
             patience_s = self._options.source_timeout_s if self._options.poison else None
-            source.watch(self.links.of_block(index), patience_s)
+            source.watch(self.links.of_block(block.index), patience_s)
             channel = source.make_channel()
         except BaseException:
             ram.free()
-            del self._by_index[index]
+            del self._by_index[block.index]
             raise
-        self._change(block, State.LISTENING)
-        fault_threads.add_block(ram, channel, poison=self._options.poison)
-        self._notifiers.notify(Change.INBOUND_LISTEN, block.idstr)
+        self._serve(block, channel, fault_threads)
         self._change(block, State.RUNNING)
+
+    def _new(self, source: OpenedSource, page_size: int, extents: Sequence[tuple[int, int]]) -> Block:
+        """A block with a place in the status segment, and nothing else."""
+        index = len(self._by_index)
+        pages = [(start // page_size, -(-end // page_size)) for start, end in extents]
+        region = self._segment.add_bitmap(-(-source.used_length // page_size), pages)
+        self._segment.block_slot(index).bitmap_offset = region.offset
+        block = self._by_index[index] = Block(source, index, region)
+        return block
+
+    def _make_ram(
+        self,
+        block: Block,
+        keeper: Keeper,
+        page_size: int,
+        extents: Sequence[tuple[int, int]] | CoreExtents,
+        memory: DeferredMemory | None = None,
+    ) -> RAMBlock:
+        source = block.source
+        try:
+            block.ram = RAMBlock(
+                keeper,
+                block.idstr,
+                used_length=source.used_length,
+                page_size=page_size,
+                writable=self.is_writable(source),
+                extents=extents,
+                index=block.index,
+                status=self._segment.block_slot(block.index),
+                received=block.region.address,
+                memory=memory,
+            )
+        except BaseException:
+            if memory is None:
+                del self._by_index[block.index]
+            raise
+        return block.ram
+
+    def _serve(self, block: Block, channel: Any, fault_threads: FaultThreads) -> None:
+        """From here on faults are answered. channel is consumed."""
+        self._change(block, State.LISTENING)
+        fault_threads.add_block(block.ram, channel, poison=self._options.poison)
+        block.is_served = True
+        self._notifiers.notify(Change.INBOUND_LISTEN, block.idstr)
 
     def _discard_all(self, block: Block) -> None:
         """Nothing of old content may survive: a new memfd holds nothing, and a sealed one could not be discarded any
@@ -157,6 +194,68 @@ class Blocks:
         if block.ram.is_empty():
             return
         block.ram.discard([(0, block.ram.map_length // block.ram.page_size)])
+
+    # -- blocks that come with a migration stream: announced, written, and only then handed out
+
+    def probe(self, sources: Sequence[OpenedSource]) -> None:
+        """May these be served? Before anything is made of them."""
+        for source in sources:
+            self._notifiers.notify(Change.PROBE, source.spec.block)
+
+    def is_writable(self, source: OpenedSource) -> bool:
+        return source.default_writable or source.spec.block in self._options.writable
+
+    def announce(self, source: OpenedSource, page_size: int) -> Block:
+        """A block that a source is going to fill, shown and not yet served."""
+        block = self._new(source, page_size, [(0, source.used_length)])
+        self._segment.describe_block(block.index, block.idstr, source.used_length, page_size)
+        self._change(block, State.ADVISE)
+        self._notifiers.notify(Change.INBOUND_ADVISE, block.idstr)
+        return block
+
+    def discard_begins(self) -> None:
+        for block in self:
+            self._change(block, State.DISCARD)
+
+    def listen(
+        self,
+        block: Block,
+        keeper: Keeper,
+        memory: DeferredMemory,
+        page_size: int,
+        fault_threads: FaultThreads,
+        extents: CoreExtents,
+    ) -> None:
+        """Serves a block that was announced. memory is consumed; block.region holds what of it is received, and what
+        lies outside of extents is zeros."""
+        self._change(block, State.DISCARD)
+        ram = self._make_ram(block, keeper, page_size, extents, memory)
+        try:
+            channel = block.source.make_channel()
+        except BaseException:
+            ram.free()
+            raise
+        self._serve(block, channel, fault_threads)
+
+    def run(self) -> None:
+        """Every block that was listened on runs."""
+        for block in self:
+            if block.state is State.LISTENING:
+                self._change(block, State.RUNNING)
+
+    def forget(self, fault_threads: FaultThreads) -> None:
+        """All blocks, which nobody has yet: what their source sent is worth nothing without the rest."""
+        for block in self:
+            self._change(block, State.NONE)
+            if block.is_served:  # it failed at another one
+                block.ram.close()
+                fault_threads.remove_block(block.index)
+            self._segment.clear_block(block.index)
+            self._segment.free_bitmap(block.region.offset)
+            block.source.close()
+        self._by_index.clear()
+        for event in fault_threads.events():
+            log.debug("of a block that is forgotten: %s", event)
 
     # -- changes
 
@@ -180,7 +279,7 @@ class Blocks:
 
     def handle(self, event: FaultEvent) -> bool:
         """Reacts to an event of a block. True: the block is complete now."""
-        block = self._by_index[event.block_index]
+        block = self.by_index(event.block_index)
         if event.kind is EventKind.BLOCK_COMPLETE:
             self._change(block, State.END)
             return True
@@ -227,7 +326,7 @@ class Blocks:
     def resume(self, fault_threads: FaultThreads) -> None:
         """Asks failed sources again, and tries at once to reach those that are away."""
         for block in self:
-            if block.state is not State.END:
+            if block.is_served and block.state is not State.END:
                 self._resume(block, fault_threads)
                 block.source.retry_now()
 
@@ -259,7 +358,8 @@ class Blocks:
     def close(self) -> None:
         """What Python holds of them; their memory goes with the fault threads."""
         for block in self:
-            block.ram.close()
+            if block.is_served:
+                block.ram.close()
         close_sources([block.source for block in self])
 
 
@@ -280,7 +380,7 @@ def _reading_failed(block: Block, event: FaultEvent) -> str:
 
 def _away(link: LinkState) -> str:
     lost = ", touching what is missing is SIGBUS" if link.gave_up else ""
-    return f"{_shortened(link.server)} is away{lost}: {_shortened(link.reason)}; trying again"
+    return f"{_shortened(link.server)} is away{lost}: {_shortened(link.reason)}; {link.cure}"
 
 
 def _placing_failed(block: Block, event: FaultEvent) -> str:
@@ -304,7 +404,7 @@ def memory_at_hand() -> int:
     return available
 
 
-def warn_if_larger_than_memory(opened: list[OpenedSource]) -> None:
+def warn_if_larger_than_memory(opened: Sequence[OpenedSource]) -> None:
     """Before anything is made: pages that do not fit will pause their block."""
     needed = sum(end - start for source in opened for start, end in source.extents)
     available = memory_at_hand()

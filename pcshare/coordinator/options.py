@@ -35,6 +35,12 @@ class Options:
     replace: bool = False
     trace: str | None = None
     exports: tuple[str, ...] = ()  # addresses on which the blocks are given out over NBD
+    device_state: str | None = None  # the file for what an incoming migration says of its devices
+
+    @property
+    def takes_migration(self) -> bool:
+        """Whether the blocks come with an incoming migration."""
+        return any(spec.is_incoming for spec in self.sources)
 
     @property
     def shared(self) -> bool:

@@ -23,6 +23,7 @@ from pcshare.coordinator.blocks import Blocks
 from pcshare.coordinator.exports import Exports
 from pcshare.coordinator.handshake import Handshake
 from pcshare.coordinator.helpers import Helpers
+from pcshare.coordinator.incoming import IncomingMigration, incoming_source
 from pcshare.coordinator.opening import close_sources
 from pcshare.coordinator.options import STREAM_EAGER, STREAM_LAZY, STREAM_PAUSED, STREAM_RATE, Options
 from pcshare.coordinator.parent import ParentLink
@@ -74,6 +75,7 @@ class Server:
         self._accepting = False
         self._accept_again = 0.0  # not before that time
         self._resume_mode = (STREAM_EAGER, 0)
+        self.incoming: IncomingMigration | None = None
         self._ended = False  # all blocks are complete and the fault threads have joined
         if parent is not None:
             self.notifiers.add(parent.notify)
@@ -91,10 +93,10 @@ class Server:
     def _start(self) -> None:
         options = self.options
         report = probe.require_host(options.page_size)
-        self._check_poison(report)
+        self._check_options(report)
         self._features = probe.wanted_features(report.features)
         _raise_fd_limit()
-        path = self._take_name()
+        path = self._socket_path = self._take_name()
         self.exports = Exports(options.exports)
         self._closing.callback(self.exports.close)
         self._segment = status.SegmentWriter(options.name, path, shared=options.shared)
@@ -104,23 +106,35 @@ class Server:
             self._closing.callback(TraceFile.start(options.trace).close)
         self.blocks = Blocks(options, self._segment, self.notifiers, self._tell_state)
         self._closing.callback(self.blocks.links.close)
-        opened = self.blocks.open_sources(self._stop_read)
+        opened = [] if options.takes_migration else self.blocks.open_sources(self._stop_read)
         self._closing.callback(close_sources, opened)
-        for source in opened:
-            self.notifiers.notify(Change.PROBE, source.spec.block)
+        self.blocks.probe(opened)
         self._start_serving(opened)
         self._listen(path)
         if options.exports:
             self._closing.callback(self.exports.close)  # before the helpers, of which the exporter is one
-            self.exports.start(path, options.name, self.blocks)
             self._watch(self.exports, self.exports.handle)
+        if self.incoming is None:
+            self._blocks_are_served()
         self._tell_ready(path)
 
-    def _check_poison(self, report: probe.HostReport) -> None:
+    def _blocks_are_served(self) -> None:
+        """All that there will ever be are there."""
+        if self.options.exports:
+            self.exports.start(self._socket_path, self.options.name, self.blocks)
+
+    def _check_options(self, report: probe.HostReport) -> None:
         if self.options.poison and "POISON" not in report.features:
             raise UsageError(
                 "--on-source-loss poison needs the userfaultfd feature POISON, which this kernel does not offer",
                 hint="use --on-source-loss pause, or Linux 6.6 or later",
+            )
+        if self.options.takes_migration:
+            incoming_source(self.options)
+        elif self.options.device_state is not None:
+            raise UsageError(
+                "--device-state is for an incoming migration",
+                hint="name a source such as qemu+unix:PATH, or leave it out",
             )
 
     def _take_name(self) -> str:
@@ -149,6 +163,11 @@ class Server:
         self._closing.callback(self.helpers.close)
         for source in opened:
             self.blocks.add(source, self._keeper, self.fault_threads)
+        if options.takes_migration:
+            self.incoming = IncomingMigration(
+                options, self.blocks, self._segment, self._keeper, self.fault_threads, self._blocks_are_served
+            )
+            self._closing.callback(self.incoming.close)
         self.fault_threads.set_stream(options.stream_mode, options.stream_rate)
         if options.stream_mode != STREAM_PAUSED:
             self._resume_mode = (options.stream_mode, options.stream_rate)
@@ -164,6 +183,8 @@ class Server:
         self._watch(self.fault_threads, self._take_events)
         self._watch(self.blocks.links, self._hear_links)
         self._watch(self._keeper, self._keeper_gone)
+        if self.incoming is not None:
+            self._watch(self.incoming, self._hear_incoming)
         if self._parent is not None:
             self._watch(self._parent, self._parent_spoke)
         self._accept_more(True)
@@ -199,6 +220,7 @@ class Server:
         self._expire_handshakes()
         self.helpers.reap()
         self.exports.handle()
+        self._hear_incoming()
         self._join_if_ended()
 
     def _wait_s(self) -> float | None:
@@ -207,6 +229,8 @@ class Server:
             waits.append(REAP_INTERVAL_S)
         if (export_wait_s := self.exports.wait_s()) is not None:
             waits.append(export_wait_s)
+        if self.incoming is not None and (incoming_wait_s := self.incoming.wait_s()) is not None:
+            waits.append(incoming_wait_s)
         return max(0.0, min(waits)) if waits else None
 
     def stop(self, reason: PcshareError | None = None) -> None:
@@ -309,6 +333,10 @@ class Server:
         self._take_events()  # what the core told before the link's change belongs before it
         self.blocks.hear_links(self.fault_threads)
 
+    def _hear_incoming(self) -> None:
+        if self.incoming is not None:
+            self.incoming.handle()
+
     def _end_block(self, index: int) -> None:
         """Helpers are told first: each unregisters on its own; then our own mappings are plain memory."""
         block = self.blocks.by_index(index)
@@ -316,10 +344,14 @@ class Server:
         self.fault_threads.complete_block(index)
         block.source.let_go()
         log.info("block %s is complete", block.idstr)
+        if self.incoming is not None:
+            self.incoming.block_ended()
 
     def _join_if_ended(self) -> None:
         """When nobody can fault any more the fault threads have nothing left to do."""
         if self._ended or len(self.helpers) or not self.blocks.all_ended():
+            return
+        if self.incoming is not None and not self.incoming.is_over:
             return
         self._ended = True
         self._selector.unregister(self.fault_threads)
@@ -339,11 +371,19 @@ class Server:
             AdminOp.STREAM_RATE: (STREAM_RATE, order.argument),
             AdminOp.STREAM_RESUME: self._resume_mode,
         }
+        if order.op.name.startswith("STREAM_") and self.incoming is not None:
+            raise UsageError(
+                "a migration's source sends when and as fast as it likes",
+                errno=errno.EOPNOTSUPP,
+                hint="set max-postcopy-bandwidth there",
+            )
         if order.op is AdminOp.STOP:
             self.stop()
         elif order.op is AdminOp.RESUME:
             self._hear_links()  # what was told before the order must not pause what it resumes
             self.blocks.resume(self.fault_threads)
+            if self.incoming is not None:
+                self.incoming.retry_now()
         elif order.op is AdminOp.STREAM_PAUSE:
             self.fault_threads.set_stream(STREAM_PAUSED)
         elif order.op is AdminOp.STREAM_RATE and order.argument <= 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pcshare.errors import UsageError
 from pcshare.sources.examine import SourceReport, examine_source
 from pcshare.sources.file import FileSource
 from pcshare.sources.filters import FilterSpec
@@ -44,6 +45,11 @@ _KINDS: dict[str, Callable[[SourceSpec], OpenedSource]] = {"file": FileSource, "
 def open_source(spec: SourceSpec, stop: StopFlag | None = None) -> OpenedSource:
     """Opens what spec names; the caller closes it. A source that is reached through others may take seconds: stop ends
     the wait. Raises SourceError, or UsageError for a scheme that is not known."""
+    if spec.is_incoming:
+        raise UsageError(
+            f"{spec.text} is where a migration comes in: nothing can be read there before a source connects",
+            hint="it is for `pcshare coordinator` and `pcshare run`",
+        )
     if spec.equivalents:
         return NbdSource(spec, stop)
     if spec.scheme not in _KINDS:

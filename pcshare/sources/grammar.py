@@ -2,7 +2,8 @@
 
 Text in, SourceSpec out. It opens and stats nothing, and asks no server: whether a source exists is found out by
 open_source(). Some sources stand alone (a file, zeros). The others are servers that speak NBD, reached in one way or
-another: of those a block can have several, which hold the same bytes.
+another: of those a block can have several, which hold the same bytes. And one kind is where a migration stream comes
+in: its blocks come with it, so it has no name here and is all that a coordinator serves.
 """
 
 from __future__ import annotations
@@ -46,7 +47,6 @@ _BARE_EQUIVALENT = re.compile(rf",((?:{_USER}@)?(?:{_HOST_NAME}|\[{_ADDRESS}\]))
 _REFUSED = {
     **dict.fromkeys(("nbds", "nbds+unix"), "TLS is not offered: reach the server through ssh, as in ssh://HOST/PATH"),
     **dict.fromkeys(("nbd+vsock", "nbds+vsock", "nbd+ssh"), "use nbd://, nbd+unix:///, exec: or ssh"),
-    **dict.fromkeys(("qemu+tcp", "qemu+unix"), "a migration stream is no source here"),
 }
 
 
@@ -112,6 +112,11 @@ class SourceSpec:
     text: str  # the argument as it was given
     equivalents: tuple[Target, ...] = ()  # none: a source that stands alone
 
+    @property
+    def is_incoming(self) -> bool:
+        """A migration stream: block is empty, target is where to listen."""
+        return self.scheme in INCOMING_SCHEMES
+
 
 def parse_argument(text: str) -> SourceSpec:
     """Reads 'BLOCK=SOURCE' or 'SOURCE'. Raises UsageError."""
@@ -122,6 +127,8 @@ def parse_argument(text: str) -> SourceSpec:
     if len(block) > BLOCK_NAME_MAX:
         raise UsageError(f"the block name {block!r} is longer than {BLOCK_NAME_MAX} bytes", hint="choose a shorter one")
     scheme = _scheme(source)
+    if scheme in INCOMING_SCHEMES:
+        return _spec_of_incoming(block, scheme, source, text)
     if scheme in _SERVERS:
         return _spec_of_servers(block, scheme, source, text)
     _refuse_equivalents(source, scheme)
@@ -132,10 +139,10 @@ def parse_argument(text: str) -> SourceSpec:
 
 
 def parse_arguments(texts: Iterable[str]) -> tuple[SourceSpec, ...]:
-    """All of them, in order; UsageError if two have the same block name."""
+    """All of them, in order; UsageError if two have the same block name, or one stands beside a migration stream."""
     specs: dict[str, SourceSpec] = {}
-    for text in texts:
-        spec = parse_argument(text)
+    for spec in _checked_incoming([parse_argument(text) for text in texts]):
+        text = spec.text
         if spec.block in specs:
             raise UsageError(
                 f"{shown(specs[spec.block].text)!r} and {shown(text)!r} are both block {spec.block!r}",
@@ -143,6 +150,16 @@ def parse_arguments(texts: Iterable[str]) -> tuple[SourceSpec, ...]:
             )
         specs[spec.block] = spec
     return tuple(specs.values())
+
+
+def _checked_incoming(specs: list[SourceSpec]) -> list[SourceSpec]:
+    incoming = [spec for spec in specs if spec.is_incoming]
+    if incoming and len(specs) > 1:
+        raise UsageError(
+            f"{incoming[0].text!r} beside other sources: a migration stream is all that a coordinator serves",
+            hint="start another coordinator, under another name, for the other blocks",
+        )
+    return specs
 
 
 def unknown_scheme(scheme: str, text: str) -> UsageError:
@@ -156,7 +173,8 @@ def unknown_scheme(scheme: str, text: str) -> UsageError:
 def _known() -> str:
     return (
         "known sources: PATH, file:PATH, zero:SIZE, nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH, "
-        "exec:COMMAND, [USER@]HOST:PATH, ssh://[USER@]HOST[:PORT]/PATH, and object stores such as s3://BUCKET/KEY"
+        "exec:COMMAND, [USER@]HOST:PATH, ssh://[USER@]HOST[:PORT]/PATH, object stores such as s3://BUCKET/KEY, and "
+        "qemu+unix:PATH or qemu+tcp://HOST:PORT for an incoming migration"
     )
 
 
@@ -401,6 +419,42 @@ def _bad_server(piece: str, problem: str, hint: str) -> UsageError:
     return UsageError(f"the source {shown(piece)!r} is not right: {problem}", hint=hint)
 
 
+# -- a migration stream
+
+
+def _spec_of_incoming(block: str, scheme: str, source: str, text: str) -> SourceSpec:
+    """target: PATH or HOST:PORT, as where to listen."""
+    if block:
+        raise UsageError(
+            f"{text!r} names the block {block!r}, but the blocks of a migration stream come with it",
+            hint=f"name none: {source}",
+        )
+    _refuse_equivalents(source, scheme)
+    if "#" in source:
+        raise UsageError(
+            f"{source!r} has filters, or a '#': a migration stream takes no filters",
+            hint="slow the source down with max-postcopy-bandwidth; a '#' that belongs to a path is written %23",
+        )
+    target = _incoming_path(source) if scheme == "qemu+unix" else _incoming_port(source)
+    return SourceSpec("", scheme, target, FilterSpec(), text)
+
+
+def _incoming_path(source: str) -> str:
+    path = decode_percent(_after_scheme(source))
+    if path.startswith("//") or not path.strip("/"):
+        raise _bad_server(source, "it names no socket", "qemu+unix:PATH")
+    return path if "/" in path else f"./{path}"
+
+
+def _incoming_port(source: str) -> str:
+    authority, path, query = _split_uri(source, "qemu+tcp://HOST:PORT")
+    match = _AUTHORITY.fullmatch(authority)
+    if path or query or not match or not match[3] or int(match[3]) > PORT_MAX:
+        raise _bad_server(source, "it is no place to listen", "qemu+tcp://HOST:PORT, with [...] around IPv6")
+    host = f"[{match[2].replace('%25', '%')}]" if match[2] else match[1]
+    return f"{host}:{int(match[3])}"
+
+
 _ALONE: dict[str, Callable[[str], tuple[str, FilterSpec, str]]] = {"file": _parse_file, "zero": _parse_zero}
 _SERVERS: dict[str, Callable[[str], Target]] = {
     "nbd": _parse_nbd,
@@ -409,5 +463,6 @@ _SERVERS: dict[str, Callable[[str], Target]] = {
     "ssh": _parse_ssh,
     OBJECT_SCHEME: _parse_object,
 }
-KNOWN_SCHEMES = (*_ALONE, *_SERVERS)
+INCOMING_SCHEMES = ("qemu+unix", "qemu+tcp")
+KNOWN_SCHEMES = (*_ALONE, *_SERVERS, *INCOMING_SCHEMES)
 _NAMED_SCHEMES = frozenset(KNOWN_SCHEMES) - {OBJECT_SCHEME}  # those that a user writes in so many letters

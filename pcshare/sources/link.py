@@ -55,6 +55,7 @@ class LinkState:
     reason: str
     server: str
     gave_up: bool = False  # away for longer than the source timeout: who waits has been told that it is lost
+    cure: str = "trying again"  # what is done about it
 
 
 class Event(Protocol):

@@ -16,7 +16,14 @@ from pcshare.status.layout import (
 )
 from pcshare.status.leftovers import Leftovers, in_use, leftovers, name_in_use, remove_leftovers
 from pcshare.status.reader import StatusReader, read_status
-from pcshare.status.report import BlockStatus, Blocktime, HelperStatus, StatusReport, blocktime_quantile
+from pcshare.status.report import (
+    BlockStatus,
+    Blocktime,
+    HelperStatus,
+    SourceStatus,
+    StatusReport,
+    blocktime_quantile,
+)
 from pcshare.status.writer import BitmapRegion, SegmentWriter
 
 __all__ = [
@@ -31,6 +38,7 @@ __all__ = [
     "HelperStatus",
     "Leftovers",
     "SegmentWriter",
+    "SourceStatus",
     "StatusReader",
     "StatusReport",
     "blocktime_quantile",

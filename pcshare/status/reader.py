@@ -31,7 +31,14 @@ from pcshare.status.layout import (
     process_stat,
     summary_state,
 )
-from pcshare.status.report import BlockStatus, Blocktime, HelperStatus, StatusReport, blocktime_quantile
+from pcshare.status.report import (
+    BlockStatus,
+    Blocktime,
+    HelperStatus,
+    SourceStatus,
+    StatusReport,
+    blocktime_quantile,
+)
 
 
 def _text(field: Any) -> str:
@@ -161,6 +168,7 @@ class StatusReader:
             helpers_joined=header.helpers_joined,
             helpers_left=header.helpers_left,
             blocktime=_blocktime(header.blocktime),
+            source=_source_status(header),
             blocks=blocks,
             helpers=helpers,
         )
@@ -168,6 +176,14 @@ class StatusReader:
     def bitmap(self, block: BlockStatus) -> bytes:
         """The received bitmap: page i is bit i % 8 of byte i // 8."""
         return self._read(block.bitmap_offset, -(-block.page_count // 8))
+
+
+def _source_status(header: Any) -> SourceStatus | None:
+    if not header.target_page_size:
+        return None
+    bits = range(header.source_page_sizes.bit_length())
+    sizes = tuple(1 << bit for bit in bits if header.source_page_sizes >> bit & 1)
+    return SourceStatus(_text(header.machine), header.target_page_size, sizes)
 
 
 def _block_status(index: int, slot: Any) -> BlockStatus:

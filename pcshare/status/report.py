@@ -82,6 +82,18 @@ class HelperStatus:
 
 
 @dataclass(frozen=True)
+class SourceStatus:
+    """What an incoming migration says of the machine it comes from; sizes in bytes, page_sizes those of its blocks."""
+
+    machine: str
+    target_page_size: int
+    page_sizes: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "page_sizes": list(self.page_sizes)}
+
+
+@dataclass(frozen=True)
 class StatusReport:
     """What a status segment says, and what became of the process that writes it.
 
@@ -103,11 +115,14 @@ class StatusReport:
     blocktime: Blocktime
     blocks: tuple[BlockStatus, ...]
     helpers: tuple[HelperStatus, ...]
+    source: SourceStatus | None = None  # of an incoming migration that has announced its blocks
 
     def to_json(self) -> dict[str, Any]:
-        told = {key: value for key, value in vars(self).items() if key not in ("blocktime", "blocks", "helpers")}
+        apart = ("blocktime", "source", "blocks", "helpers")
+        told = {key: value for key, value in vars(self).items() if key not in apart}
         return {
             **told,
+            "source": self.source and self.source.to_json(),
             "blocktime_us": self.blocktime.to_json(),
             "blocks": [block.to_json() for block in self.blocks],
             "helpers": [helper.to_json() for helper in self.helpers],

@@ -200,6 +200,22 @@ class SegmentWriter:
         ffi.memmove(target.reason, fitting.ljust(lib.STATUS_REASON_MAX, b"\0"), lib.STATUS_REASON_MAX)
         target.text_seq = target.text_seq + 1 & 0xFFFFFFFF
 
+    def describe_block(self, index: int, idstr: str, used_length: int, page_size: int) -> None:
+        """Of a block that is announced, so that it shows; the core does it for those that it makes."""
+        slot = self.block_slot(index)
+        slot.idstr = idstr.encode()
+        slot.used_length, slot.page_size, slot.page_count = used_length, page_size, -(-used_length // page_size)
+        slot.in_use = 1
+
+    def describe_source(self, machine: str, target_page_size: int, page_sizes: int) -> None:
+        """What an incoming migration says of its source; page sizes of all its blocks ORed, in bytes. Zeros: none."""
+        header = self.header
+        fitting = machine.encode()[: lib.STATUS_MACHINE_MAX - 1].decode(errors="ignore").encode()
+        header.text_seq = header.text_seq + 1 | 1  # odd: being written
+        ffi.memmove(header.machine, fitting.ljust(lib.STATUS_MACHINE_MAX, b"\0"), lib.STATUS_MACHINE_MAX)
+        header.target_page_size, header.source_page_sizes = target_page_size, page_sizes
+        header.text_seq = header.text_seq + 1 & 0xFFFFFFFF
+
     def set_state(self, state: int, block: int) -> None:
         """STATUS_STATE_* of a block; the header's summary follows, and who waits for progress wakes."""
         slot = self.block_slot(block)

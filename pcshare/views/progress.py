@@ -190,12 +190,15 @@ class ProgressView:
 
     @property
     def complete(self) -> bool:
-        return self._report is not None and all(block.state == "END" for block in self._report.blocks)
+        blocks = self._report.blocks if self._report is not None else ()
+        return bool(blocks) and all(block.state == "END" for block in blocks)
 
     def line(self, plain: bool) -> Text:
         text = Text(no_wrap=True, overflow="ellipsis").append("pcshare", style="bold")
         if self._report is None:
             return text
+        if not self._report.blocks:
+            text.append(f"  {self._report.reason}", style="yellow")
         for block in self._report.blocks:
             text.append(f"  {block.idstr} ").append("▕" if not plain else "|", style="dim")
             for row in self._pictures[block.idstr].rows(self._cells, plain):  # one, or none of an empty block

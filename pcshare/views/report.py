@@ -32,6 +32,8 @@ def status_report(report: StatusReport, bitmap_of: Callable[[BlockStatus], bytes
     view = ProgressView(PICTURE_CELLS)
     view.update(report, bitmap_of)
     parts: list[RenderableType] = [_heading(report), view]
+    if report.reason and not any(block.reason for block in report.blocks):
+        parts.append(Text(report.reason, style="yellow"))
     parts += [Text(f"{block.idstr}: {block.reason}", style="red") for block in report.blocks if block.reason]
     alarms = [block for block in report.blocks if block.foreign_pages]
     parts += [
@@ -53,6 +55,8 @@ def _heading(report: StatusReport) -> Text:
     text.append(f"  stream {report.stream}", style="dim")
     if report.stream == "rate":
         text.append(f" {units.format_rate(report.stream_rate)}", style="dim")
+    if report.source is not None:
+        text.append(f"  from a machine {report.source.machine}", style="dim")
     return text
 
 
