@@ -1,13 +1,13 @@
 /* touch_bench: what touching memory costs a process, the same loops over a coordinator's block and over a mapped file.
  *
  *   touch_bench random COUNT SEED TARGET   COUNT random pages; the time of those that were missing is told apart
+ *   touch_bench times COUNT SEED TARGET    the same, and prints each of those times alone
  *   touch_bench scan TARGET                every page, in order
  *   touch_bench fill BYTES                 no target: UFFDIO_COPY in large pieces into fresh shared memory, the limit
  * of every fill
  *
- * TARGET is pcshare:SOCKET (a coordinator's only block) or file:PATH (mapped shared, read-only). Each prints one line:
- * touches, those of missing pages, seconds in all, and median, p99, p99.9 and maximum of the missing ones in
- * microseconds.
+ * TARGET is pcshare:SOCKET (a coordinator's only block), pcshare:SOCKET#BLOCK, or file:PATH (mapped shared, read-only).
+ * XX
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -75,18 +75,22 @@ static struct target open_file(const char *path)
     return (struct target){.data = data, .length = (uint64_t)info.st_size};
 }
 
-static struct target open_target(const char *text)
+static struct target open_target(char *text)
 {
     struct pcshare_attachment *a;
     struct pcshare_info info;
+    char *block;
 
     if (strncmp(text, "file:", 5) == 0)
         return open_file(text + 5);
     if (strncmp(text, "pcshare:", 8) != 0) {
-        fprintf(stderr, "touch_bench: a target is pcshare:SOCKET or file:PATH\n");
+        fprintf(stderr, "touch_bench: a target is pcshare:SOCKET, pcshare:SOCKET#BLOCK or file:PATH\n");
         exit(2);
     }
-    if (pcshare_attach(&a, text + 8, NULL, PCSHARE_RO, ATTACH_TIMEOUT_MS, NULL, 0) < 0) {
+    block = strchr(text, '#');
+    if (block)
+        *block++ = '\0';
+    if (pcshare_attach(&a, text + 8, block, PCSHARE_RO, ATTACH_TIMEOUT_MS, NULL, 0) < 0) {
         fprintf(stderr, "touch_bench: %s\n", pcshare_error_text());
         exit(EXIT_FAILURE);
     }
@@ -111,7 +115,14 @@ static uint64_t next_random(uint64_t *state)
     return *state;
 }
 
-static void touch_random(const struct target *target, uint64_t count, uint64_t seed)
+static void report_times(const double *us, uint64_t missing)
+{
+    for (uint64_t i = 0; i < missing; i++)
+        printf("%.2f ", us[i]);
+    printf("\n");
+}
+
+static void touch_random(const struct target *target, uint64_t count, uint64_t seed, int all_times)
 {
     uint64_t pages = target->length / PAGE, state = seed * 2654435761u + 88172645463325252ull, missing = 0;
     double *us = malloc((count ? count : 1) * sizeof(*us)), begin = now_us();
@@ -125,7 +136,10 @@ static void touch_random(const struct target *target, uint64_t count, uint64_t s
         if (was_missing)
             us[missing++] = now_us() - start;
     }
-    report(count, us, missing, (now_us() - begin) / 1e6);
+    if (all_times)
+        report_times(us, missing);
+    else
+        report(count, us, missing, (now_us() - begin) / 1e6);
     free(us);
 }
 
@@ -168,13 +182,16 @@ int main(int argc, char **argv)
         fill(strtoull(argv[2], NULL, 10) / FILL_PIECE * FILL_PIECE);
         return EXIT_SUCCESS;
     }
-    if (!(argc == 5 && strcmp(argv[1], "random") == 0) && !(argc == 3 && strcmp(argv[1], "scan") == 0)) {
-        fprintf(stderr, "usage: touch_bench random COUNT SEED TARGET | scan TARGET | fill BYTES\n");
+    int all_times = strcmp(argc > 1 ? argv[1] : "", "times") == 0;
+
+    if (!(argc == 5 && (all_times || strcmp(argv[1], "random") == 0)) &&
+        !(argc == 3 && strcmp(argv[1], "scan") == 0)) {
+        fprintf(stderr, "usage: touch_bench random|times COUNT SEED TARGET | scan TARGET | fill BYTES\n");
         return 2;
     }
     struct target target = open_target(argv[argc - 1]);
     if (argc == 5)
-        touch_random(&target, strtoull(argv[2], NULL, 10), strtoull(argv[3], NULL, 10));
+        touch_random(&target, strtoull(argv[2], NULL, 10), strtoull(argv[3], NULL, 10), all_times);
     else
         scan(&target);
     if (target.attachment)
