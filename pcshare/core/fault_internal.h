@@ -33,6 +33,8 @@ struct served_block {
     int gaps_told;
     uint64_t foreign_told;
     uint64_t progress_told;
+    uint32_t stream_window_max;
+    uint32_t stream_window; /* the stream's: pieces that may be under way; under its lock */
     uint64_t stream_cursor; /* the stream's: the page where its background goes on; under its lock */
     /* Events not yet told; under events_lock. */
     uint32_t events;

@@ -174,6 +174,7 @@ int fault_threads_add_block(struct fault_threads *ft, struct ramblock *block, st
     served->channel = channel;
     served->pushes = channel->pushes;
     served->on_source_loss = on_source_loss;
+    served->stream_window = served->stream_window_max = channel->stream_piece_count;
     int rc = add_own_remote(ft, served);
     if (rc < 0) {
         free(served);

@@ -31,7 +31,7 @@ enum {
     NBD_FAREWELL_MS = 500,    /* how long answers are waited for at the end */
     NBD_FAREWELL_LOOK_MS = 5, /* between looks whether they have come */
     ROUND_TRIP_DRIFT = 256, /* a server that went away from us is known to be far after so many demands or some more */
-    NBD_STREAM_PIECE_BYTES = 1024 << 10,
+    NBD_STREAM_PIECE_BYTES = 512 << 10,
     NBD_STREAM_PIECES = 16,     /* as many as nbdkit and qemu-nbd work on at once */
     NBD_STREAM_PIECES_NEAR = 1, /* beside a demand: one that answers at once keeps CPUs busy that the demand needs */
     NBD_STREAM_PIECES_FAR = 4,  /* one that takes its time goes on at full speed */

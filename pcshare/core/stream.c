@@ -114,14 +114,22 @@ static uint64_t pages_of_piece(struct fault_threads *ft, const struct ramblock *
 }
 
 /* Whether nothing is to be asked of the block's source now: it is paused, or has as much to do as it takes at once. */
-static int is_busy(struct fault_threads *ft, const struct served_block *served)
+static int is_busy(struct fault_threads *ft, struct served_block *served)
 {
+    const struct page_channel *channel = served->channel;
+
     if (__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE))
         return 1;
-    int beside_demand = __atomic_load_n(&ft->demand_in_flight, __ATOMIC_ACQUIRE) != 0;
-    return pieces_of_block(&ft->stream, served->block) >=
-           (beside_demand ? __atomic_load_n(&served->channel->stream_piece_count_demand, __ATOMIC_RELAXED)
-                          : served->channel->stream_piece_count);
+    if (__atomic_load_n(&ft->demand_in_flight, __ATOMIC_ACQUIRE))
+        served->stream_window = __atomic_load_n(&channel->stream_piece_count_demand, __ATOMIC_RELAXED);
+    return pieces_of_block(&ft->stream, served->block) >= served->stream_window;
+}
+
+/* Beside a demand few pieces are under way, and after it one more with each that came: demands seldom come alone. */
+static void widen_window(struct served_block *served)
+{
+    if (served->stream_window < served->stream_window_max)
+        served->stream_window++;
 }
 
 /* Hints that are under way to their end leave the list; the caller ends them. */
@@ -349,8 +357,11 @@ static void finish_piece(struct fault_threads *ft, struct stream_piece *piece)
         piece_failed(ft, piece, -rc, EVENT_BLOCK_PLACE_ERROR);
 }
 
-static void release_piece(struct stream *s, struct stream_piece *piece)
+static void release_piece(struct fault_threads *ft, struct stream_piece *piece)
 {
+    struct stream *s = &ft->stream;
+
+    widen_window(served_block_of(ft, piece->block));
     piece->block = NULL;
     s->in_flight--;
     pthread_cond_broadcast(&s->wake); /* for whoever drops its block */
@@ -426,7 +437,7 @@ static void *stream_run(void *argument)
             pthread_mutex_unlock(&s->lock);
             finish_piece(ft, piece);
             pthread_mutex_lock(&s->lock);
-            release_piece(s, piece);
+            release_piece(ft, piece);
             continue;
         }
         uint64_t wait_ns = s->quit ? forever_ns : issue_piece(ft);
