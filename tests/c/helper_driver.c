@@ -169,17 +169,19 @@ static int count_sentinels(void)
     return n;
 }
 
+/* Of the mapping that data lies in: an inaccessible one may have merged with its neighbour. */
 static void vm_flags(const void *data, char *result)
 {
     FILE *smaps = fopen("/proc/self/smaps", "re");
-    uintptr_t start, end, current = 0;
+    uintptr_t start, end, addr = (uintptr_t)data;
     char line[512];
+    int inside = 0;
 
     strcpy(result, "none");
     while (smaps && fgets(line, sizeof(line), smaps)) {
         if (sscanf(line, "%" SCNxPTR "-%" SCNxPTR " ", &start, &end) == 2)
-            current = start;
-        if (current == (uintptr_t)data && strncmp(line, "VmFlags:", 8) == 0) {
+            inside = start <= addr && addr < end;
+        if (inside && strncmp(line, "VmFlags:", 8) == 0) {
             line[strcspn(line, "\n")] = '\0';
             strcpy(result, line);
             break;
