@@ -20,6 +20,7 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from pcshare.errors import LocalProtocolError, SourceError
+from pcshare.extents import HOLE_BYTES_MIN
 from pcshare.nbd import client, line, session
 from pcshare.nbd.client import ServerExport, Session, list_exports, negotiate
 from pcshare.nbd.wire import (
@@ -795,7 +796,7 @@ def test_only_what_is_zero_is_no_data_and_extents_may_come_in_pieces() -> None:
 
 
 def test_a_hole_smaller_than_a_page_joins_its_neighbours() -> None:
-    size = session.HOLE_BYTES_MIN
+    size = HOLE_BYTES_MIN
     assert extents_through(status((100, 0), (size - 1, 3), (100, 0), (size, 2), (SMALL, 0))) == [
         (0, 199 + size),
         (199 + 2 * size, SMALL),

@@ -15,6 +15,7 @@ ROOMS = (
     ("errors",),
     ("core",),
     ("units",),
+    ("extents",),
     ("runtime",),
     ("fds",),
     ("uffd",),

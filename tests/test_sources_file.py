@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from pcshare.errors import SourceError, UsageError
+from pcshare.extents import HOLE_BYTES_MIN
 from pcshare.sources import ArrayDescription, FilterSpec, OpenedSource, SourceSpec, file, open_source, parse_argument
 
 MIB = 1 << 20
@@ -82,7 +83,7 @@ def test_no_byte_outside_the_extents_differs_from_zero(tmp_path: Path) -> None:
     with open_path(path) as source:
         assert source.extents == sorted(source.extents)
         gaps = zip(source.extents, source.extents[1:], strict=False)
-        assert all(b[0] - a[1] >= file.HOLE_BYTES_MIN for a, b in gaps)
+        assert all(b[0] - a[1] >= HOLE_BYTES_MIN for a, b in gaps)
         for start, end in source.extents:
             content[start:end] = bytes(end - start)
     assert not any(content)

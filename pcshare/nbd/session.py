@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from pcshare.errors import LocalProtocolError, SourceError
+from pcshare.extents import gathered
 from pcshare.nbd.line import Line, shown
 from pcshare.nbd.wire import (
     CHUNK,
@@ -47,7 +48,6 @@ BLOCK_PREFERRED_DEFAULT = 4096
 BLOCK_STATUS_LENGTH_MAX = 1 << 30  # asked for at once; the field has 32 bits, and every minimum divides it
 STATUS_EXTENTS_MAX = 1 << 20  # in one reply; known servers stop at an eighth of it
 REPLY_ERRORS_MAX = 64  # error chunks in one reply
-HOLE_BYTES_MIN = 4096  # the smallest page: a shorter hole fills none
 
 _CHUNK_ERROR_BIT = 1 << 15  # of a chunk's type
 _SIMPLE = -1  # in place of a chunk's type
@@ -167,16 +167,7 @@ class Session:
         """The ranges [start, end) that are not zeros, sorted, at least HOLE_BYTES_MIN apart, at most extents_max.
 
         Where the server cannot say, or the deadline passes (usable tells), the rest counts as data."""
-        found: list[tuple[int, int]] = []
-        for start, end in self._data_ranges(deadline):
-            if found and start - found[-1][1] < HOLE_BYTES_MIN:
-                found[-1] = (found[-1][0], end)
-            elif len(found) == extents_max:
-                found[-1] = (found[-1][0], self.export.size)
-                break
-            else:
-                found.append((start, end))
-        return found
+        return gathered(self._data_ranges(deadline), self.export.size, extents_max)
 
     def _data_ranges(self, deadline: float) -> Iterator[tuple[int, int]]:
         at, size = 0, self.export.size

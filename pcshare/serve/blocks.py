@@ -23,9 +23,10 @@ from typing import Any
 
 from pcshare.client import Block, attach
 from pcshare.errors import AttachTimeout, NoSuchCoordinator
+from pcshare.extents import data_within
 from pcshare.nbd.server import Export, Exports, FileRange, Server
 from pcshare.nbd.wire import ExtentFlag
-from pcshare.serve.extents import Ranges, data_within, merged, with_holes
+from pcshare.serve.extents import Ranges, merged, with_holes
 
 log = logging.getLogger("pcshare")
 

@@ -1,13 +1,11 @@
-"""extents: which parts of a range are holes: as a file system tells it, or from a list of what is data.
+"""extents: what is data and what is a hole, as the answers to a client have it; pcshare.extents finds it out.
 
 Reads no byte. Whatever is not known to be a hole is data, which is slower and as right.
 """
 
 from __future__ import annotations
 
-import errno
 import heapq
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -41,26 +39,6 @@ class Ranges:
         while i < len(self._starts) and self._starts[i] < stop:
             yield max(offset, self._starts[i]), min(stop, self._ends[i])
             i += 1
-
-
-def data_within(fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of what an open file holds in a range. Its position is nobody's: duplicates share it."""
-    at, stop = offset, offset + length
-    while at < stop:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-            end = os.lseek(fd, start, os.SEEK_HOLE) if start < stop else stop
-        except OSError as error:
-            if error.errno != errno.ENXIO:  # ENXIO: no data from here on; else: no such thing in that file system
-                yield at, stop
-            return
-        if start >= stop:
-            return
-        if start < at or end <= start:
-            yield at, stop
-            return
-        at = min(end, stop)
-        yield start, at
 
 
 def merged(*several: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

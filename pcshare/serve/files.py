@@ -11,9 +11,10 @@ import os
 import threading
 from collections.abc import Iterator
 
+from pcshare.extents import data_within
 from pcshare.nbd.server import Export
 from pcshare.nbd.wire import ExtentFlag
-from pcshare.serve.extents import data_within, with_holes
+from pcshare.serve.extents import with_holes
 from pcshare.sources.file import open_regular
 
 PIECE_BYTES = 1 << 18  # read and sent at a time: still in the CPU's cache when it is sent

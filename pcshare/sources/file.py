@@ -4,7 +4,6 @@ Finds out what the file is, how long, and where its holes are; reads no more of 
 read by the core's channel. Some facts about files:
  - opening a pipe without O_NONBLOCK waits for a writer, and opening a device can act on it: look first, and look again
    at the fd;
- - lseek SEEK_DATA and SEEK_HOLE need no reading; a file system without them says EINVAL or calls the whole file data;
  - a fd's position is shared by its duplicates: nothing here or in a channel may rely on it.
 """
 
@@ -13,17 +12,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
 from typing import Any
 
 from pcshare.errors import SourceError
+from pcshare.extents import data_within, gathered
 from pcshare.sources.grammar import SOURCE_LENGTH_MAX, SourceSpec
 from pcshare.sources.npy import NPY_HEAD_MAX, ArrayDescription, parse_npy
 from pcshare.sources.opened import OpenedSource
 
 # A file with more data ranges than this is all fragments: the rest of it counts as data, which is slower and as right.
 EXTENTS_MAX = 1 << 18
-HOLE_BYTES_MIN = 4096  # the smallest page: a shorter hole fills none
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -77,36 +75,7 @@ class FileSource(OpenedSource):
 
 def find_extents(fd: int, length: int) -> list[tuple[int, int]]:
     """The byte ranges of the first length bytes that hold data, sorted, at least HOLE_BYTES_MIN apart."""
-    extents: list[tuple[int, int]] = []
-    for start, end in _data_ranges(fd, length):
-        if extents and start - extents[-1][1] < HOLE_BYTES_MIN:
-            extents[-1] = (extents[-1][0], end)
-        elif len(extents) == EXTENTS_MAX:
-            extents[-1] = (extents[-1][0], length)
-            break
-        else:
-            extents.append((start, end))
-    return extents
-
-
-def _data_ranges(fd: int, length: int) -> Iterator[tuple[int, int]]:
-    """As the file system tells them; where it does not, or contradicts itself, the rest is data."""
-    at = 0
-    while at < length:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-            end = os.lseek(fd, start, os.SEEK_HOLE) if start < length else length
-        except OSError as error:
-            if error.errno != errno.ENXIO:  # ENXIO: no more data, or the file has become shorter; a read will tell
-                yield at, length
-            return
-        if start >= length:
-            return
-        if start < at or end <= start:
-            yield at, length
-            return
-        at = min(end, length)
-        yield start, at
+    return gathered(data_within(fd, 0, length), length, EXTENTS_MAX)
 
 
 def open_regular(path: str) -> int:
