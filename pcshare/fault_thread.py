@@ -132,6 +132,10 @@ class FaultThreads:
     def remove_remote(self, remote_id: int) -> None:
         check(lib.fault_threads_remove_remote(self.pointer, remote_id), "removing a remote fd")
 
+    def wake_remote(self, remote_id: int) -> None:
+        """Everybody who waits there faults again."""
+        check(lib.fault_threads_wake_remote(self.pointer, remote_id), "waking a remote fd")
+
     def disable_remote(self, remote_id: int, error: int) -> None:
         check(lib.fault_threads_disable_remote(self.pointer, remote_id, error), "disabling a remote fd")
 

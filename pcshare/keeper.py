@@ -81,6 +81,15 @@ class Keeper:
         """Readable when the keeper is gone."""
         return self._pidfd.fileno()
 
+    def sweep(self) -> None:
+        """Gives back what the coordinator before this one made and this one has not taken."""
+        check(lib.keeper_sweep(self.pointer), "sweeping the keeper")
+
+    @property
+    def socket_fd(self) -> int:
+        """Our end: whoever has it is the keeper's coordinator."""
+        return int(lib.keeper_socket(self.pointer))
+
     def close(self) -> None:
         """Lets the keeper end. Twice is fine; blocks go first."""
         lib.keeper_free(self.pointer)

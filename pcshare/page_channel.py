@@ -78,9 +78,7 @@ class NbdChannel:
     """The side of an NBD page channel that supplies connections. pointer goes to whoever reads through it, once, who
     frees it; close() lets go of it here, before or after."""
 
-    def __init__(
-        self, *, size: int, alignment: int, length_max: int, reply_timeout_ms: int, server_count: int
-    ) -> None:
+    def __init__(self, *, size: int, alignment: int, length_max: int, reply_timeout_ms: int, server_count: int) -> None:
         """size in bytes; alignment and length_max of one read, bytes; server_count: how many equivalents there are."""
         settings = ffi.new("struct nbd_settings *")
         settings.size, settings.alignment, settings.length_max = size, alignment, length_max

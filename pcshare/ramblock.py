@@ -62,6 +62,17 @@ class DeferredMemory:
             lib.keeper_drop_block(self._keeper.pointer, self._number)
 
 
+class KeptMemory:
+    """Memory of a block that a coordinator which has died served: the keeper has it, under this number."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def give_away(self) -> Any:
+        """As the core takes it."""
+        return ffi.new("struct ramblock_memory *", {"keeper_block": self._number, "memfd": -1, "is_kept": 1})
+
+
 class RAMBlock:
     """One block: idstr, used_length and map_length in bytes, page_size in bytes, memfd.
 
@@ -82,7 +93,7 @@ class RAMBlock:
         status: Any,
         received: Any,
         map_length: int | None = None,
-        memory: DeferredMemory | None = None,
+        memory: DeferredMemory | KeptMemory | None = None,
     ) -> None:
         self.idstr = idstr
         self.index = index
@@ -122,6 +133,11 @@ class RAMBlock:
             hint=f"it needs {count} free huge pages of {self.page_size >> 10} KiB: sudo sysctl vm.nr_hugepages=N, "
             f"with N at least {count}; see HugePages_Free in /proc/meminfo",
         )
+
+    @property
+    def keeper_block(self) -> int:
+        """The number under which the keeper has it."""
+        return int(self.pointer.keeper_block)
 
     def helper_memfd(self, *, writing: bool) -> int:
         """What a helper gets: open for writing only for a shared writable attachment."""

@@ -41,9 +41,9 @@ class StateError(PcshareError):
 class StateCell:
     """One block's state, read and exchanged atomically by any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: State = State.NONE) -> None:
         self._lock = threading.Lock()
-        self._state = State.NONE
+        self._state = state
 
     @property
     def value(self) -> State:

@@ -48,6 +48,11 @@ class Connection:
         self._socket = end
         end.setblocking(False)
 
+    @classmethod
+    def of(cls, fd: OwnedFd) -> Self:
+        """Of a socket that is connected already, and is taken."""
+        return cls(socket.socket(fileno=fd.detach()))
+
     def fileno(self) -> int:
         return self._socket.fileno()
 
@@ -178,19 +183,52 @@ def connect(path: str, timeout_s: float) -> Connection:
     return Connection(end)
 
 
+class Datagrams:
+    """One end of a socket for datagrams, to whoever keeps fds for us; owns it."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        end.setblocking(True)  # a datagram that was sent is as good as read
+
+    @classmethod
+    def connected(cls, address: str) -> Self:
+        """To a path, or with an @ in front to an abstract name. OSError: nobody is there."""
+        end = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            end.connect("\0" + address[1:] if address.startswith("@") else address)
+        except BaseException:
+            end.close()
+            raise
+        return cls(end)
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """OSError: it was not sent."""
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
 class Listener:
     """The coordinator's socket: a file of this mode, gone with close()."""
 
-    def __init__(self, path: str, mode: int) -> None:
+    def __init__(self, path: str, mode: int, taken: OwnedFd | None = None) -> None:
+        """taken: the socket itself, which listens there already."""
         self.path = path
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._inode: int | None = None
+        if taken is not None:
+            self._socket = socket.socket(fileno=taken.detach())
+            self._socket.setblocking(False)
+            self._inode = _inode_of(path)
+            return
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._socket.setblocking(False)
             _accept_fds(self._socket, False)  # connections inherit it
             self._socket.bind(path)
             os.chmod(path, mode)
-            self._inode = os.stat(path).st_ino
+            self._inode = _inode_of(path)
             self._socket.listen(BACKLOG)
         except BaseException:
             self.close()
@@ -210,9 +248,13 @@ class Listener:
     def close(self) -> None:
         """Closes, and removes the file if it is still ours."""
         self._socket.close()
-        try:
-            if self._inode is not None and os.stat(self.path).st_ino == self._inode:
-                os.unlink(self.path)
-        except FileNotFoundError:
-            pass
+        if self._inode is not None and _inode_of(self.path) == self._inode:
+            os.unlink(self.path)
         self._inode = None
+
+
+def _inode_of(path: str) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return None

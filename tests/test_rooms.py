@@ -30,6 +30,7 @@ ROOMS = (
     ("probe",),
     ("protocol",),
     ("transport",),
+    ("store",),
     ("nbd",),
     ("migration",),
     ("sources",),

@@ -6,10 +6,12 @@ keeper's child, which serves. The keeper must be the parent, and must not have i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +22,9 @@ from pcshare.cli import options
 if TYPE_CHECKING:
     from pcshare.coordinator import Options, Server
     from pcshare.coordinator.parent import ParentLink
+    from pcshare.fds import OwnedFd
+    from pcshare.keeper import Keeper
+    from pcshare.store import Kept
 
 PR_SET_DUMPABLE = 4
 DEBUG_VARIABLE = "PCSHARE_DEBUG"
@@ -54,6 +59,12 @@ DEBUG_VARIABLE = "PCSHARE_DEBUG"
     help="Write the last 65,536 steps to FILE; `python -m pcshare.views.trace FILE` prints them.",
 )
 @click.option("--debug", is_flag=True, help="Stay dumpable, for debuggers and psutil of the same user, and log more.")
+@click.option(
+    "--no-keeper",
+    is_flag=True,
+    help="Be the main process, for a supervisor that starts it again: no keeper does. The supervisor keeps what must "
+    "outlive us if it names a NOTIFY_SOCKET with an fd store.",
+)
 @click.option("--parent-fd", type=int, hidden=True)
 @options.json_option
 def command(**given: Any) -> int:
@@ -71,9 +82,13 @@ def command(**given: Any) -> int:
 
     With --json one JSON object is printed when the coordinator is ready.
     """
-    parent = _link(given.pop("parent_fd"), given["notifier_timeout"])
+    from pcshare import keeper
+
+    socket_fd = keeper.inherited_socket()
+    kept = _kept() if socket_fd is not None or given["no_keeper"] else {}
+    parent = _link(given.pop("parent_fd"), kept, given["notifier_timeout"])
     try:
-        return _run(parent, given.pop("as_json"), given.pop("debug"), given)
+        return _run(socket_fd, kept, parent, given)
     except Exception as error:
         if parent is None:
             raise
@@ -84,23 +99,55 @@ def command(**given: Any) -> int:
             parent.close()
 
 
-def _run(parent: ParentLink | None, as_json: bool, debug: bool, given: dict[str, Any]) -> int:
-    from pcshare import keeper
-    from pcshare.coordinator import Server
+def _run(socket_fd: OwnedFd | None, kept: Kept, parent: ParentLink | None, given: dict[str, Any]) -> int:
+    from pcshare.coordinator import Predecessor, Server
+    from pcshare.store import FdStore
 
+    as_json, debug = given.pop("as_json"), given.pop("debug")
     chosen = _options(given)
-    socket_fd = keeper.inherited_socket()
-    if socket_fd is None:
+    if socket_fd is None and chosen.keeper_restarts:
         _become_keeper(parent, debug)
         raise AssertionError("exec returned")
     _protect(debug)
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="pcshare: %(message)s")
-    server = Server(chosen, keeper.Keeper(socket_fd), parent)
-    with options.stop_signals(server.stop), server:
-        if parent is None:
+    server = Server(chosen, _keeper(socket_fd, kept), parent, FdStore.found(), Predecessor.found(kept))
+    with options.stop_signals(server.stop), _ended(server):
+        is_first = server.start()
+        if parent is None and is_first:
             _say_ready(server, as_json)
         server.run()
     return 0
+
+
+def _kept() -> Kept:
+    from pcshare.store import kept_fds
+
+    return kept_fds()
+
+
+def _keeper(socket_fd: OwnedFd | None, kept: Kept) -> Keeper:
+    """The one that is our parent; the one that a coordinator before us has spawned; a new one."""
+    from pcshare.coordinator.takeover import KEEPER
+    from pcshare.keeper import Keeper
+
+    if socket_fd is None and KEEPER in kept:
+        socket_fd = kept.pop(KEEPER)[0]
+    return Keeper.spawn() if socket_fd is None else Keeper(socket_fd)
+
+
+@contextlib.contextmanager
+def _ended(server: Server) -> Iterator[None]:
+    """Clears up at the end, also after an error; but where nobody has ordered an end all is left to the coordinator
+    after this one, as if this one had been killed."""
+    try:
+        yield
+    except BaseException as error:
+        if server.is_survived:
+            logging.getLogger("pcshare").critical("%s", error, exc_info=not isinstance(error, errors.PcshareError))
+            os._exit(errors.exit_code(error))
+        server.close()
+        raise
+    server.close()
 
 
 def _options(given: dict[str, Any]) -> Options:
@@ -127,6 +174,7 @@ def _options(given: dict[str, Any]) -> Options:
         trace=given["trace"],
         exports=given["exports"],
         device_state=given["device_state"],
+        keeper_restarts=not given["no_keeper"],
         **more,
     )
 
@@ -148,10 +196,14 @@ def _protect(debug: bool) -> None:
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-def _link(fd: int | None, notifier_timeout_s: float) -> ParentLink | None:
+def _link(number: int | None, kept: Kept, notifier_timeout_s: float) -> ParentLink | None:
+    """A coordinator that was started again finds it among what was kept: the number is somebody else's by now."""
     from pcshare.coordinator.parent import ParentLink
+    from pcshare.coordinator.takeover import PARENT
 
-    return None if fd is None else ParentLink(fd, notifier_timeout_s)
+    if PARENT in kept:
+        number = kept.pop(PARENT)[0].detach()
+    return None if number is None else ParentLink(number, notifier_timeout_s)
 
 
 def _say_ready(server: Server, as_json: bool) -> None:

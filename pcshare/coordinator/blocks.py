@@ -18,12 +18,14 @@ import psutil
 from pcshare.coordinator.links import LinkReports
 from pcshare.coordinator.opening import close_sources, open_sources
 from pcshare.coordinator.options import Options
+from pcshare.coordinator.takeover import KeptBlock
 from pcshare.errors import NoSuchBlock, PcshareError, UsageError
 from pcshare.fault_thread import EventKind, FaultEvent, FaultThreads
+from pcshare.fds import OwnedFd
 from pcshare.keeper import Keeper
 from pcshare.notifier import Change, NotifierChain
-from pcshare.ramblock import CoreExtents, DeferredMemory, RAMBlock
-from pcshare.sources import LinkState, OpenedSource, shown
+from pcshare.ramblock import CoreExtents, DeferredMemory, KeptMemory, RAMBlock
+from pcshare.sources import LinkState, OpenedSource, reopen_source, shown
 from pcshare.state import State, StateCell
 from pcshare.status import BitmapRegion, SegmentWriter
 from pcshare.units import format_bytes
@@ -143,6 +145,41 @@ class Blocks:
         self._serve(block, channel, fault_threads)
         self._change(block, State.RUNNING)
 
+    def reopen_source(self, kept: KeptBlock, fd: OwnedFd | None) -> OpenedSource:
+        """The source that a block had; a server of it may be away. UsageError: the options name none for it."""
+        for spec in self._options.sources:
+            if spec.block == kept.idstr:
+                return reopen_source(spec, kept.source, fd)
+        raise UsageError(f"block {kept.idstr} is served, and no source is named for it")
+
+    def take_over(self, kept: KeptBlock, source: OpenedSource, keeper: Keeper, fault_threads: FaultThreads) -> None:
+        """Serves a block where the coordinator before this one stopped. Its helpers know it already, so nothing that
+        they see goes back."""
+        region = self._segment.take_bitmap(kept.bitmap_offset, -(-source.used_length // kept.page_size))
+        block = self._by_index[kept.index] = Block(source, kept.index, region)
+        ram = self._make_ram(block, keeper, kept.page_size, source.extents, KeptMemory(kept.keeper_block))
+        block.cell = StateCell(State.LISTENING)
+        patience_s = self._options.source_timeout_s if self._options.poison else None
+        source.watch(self.links.of_block(block.index), patience_s)
+        fault_threads.add_block(ram, source.make_channel(), poison=self._options.poison)
+        block.is_served = True
+        self._change(block, State.RUNNING)
+
+    def describe(self) -> tuple[KeptBlock, ...]:
+        """For the coordinator after this one."""
+        return tuple(
+            KeptBlock(
+                index=block.index,
+                idstr=block.idstr,
+                keeper_block=block.ram.keeper_block,
+                page_size=block.ram.page_size,
+                writable=block.ram.writable,
+                bitmap_offset=block.region.offset,
+                source=block.source.memory(),
+            )
+            for block in self
+        )
+
     def _new(self, source: OpenedSource, page_size: int, extents: Sequence[tuple[int, int]]) -> Block:
         """A block with a place in the status segment, and nothing else."""
         index = len(self._by_index)
@@ -158,7 +195,7 @@ class Blocks:
         keeper: Keeper,
         page_size: int,
         extents: Sequence[tuple[int, int]] | CoreExtents,
-        memory: DeferredMemory | None = None,
+        memory: DeferredMemory | KeptMemory | None = None,
     ) -> RAMBlock:
         source = block.source
         try:

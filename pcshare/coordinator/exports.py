@@ -12,13 +12,15 @@ import logging
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pcshare.coordinator.blocks import Block
+from pcshare.fds import OwnedFd
 from pcshare.nbd.address import Listening, listen_on
 
 log = logging.getLogger("pcshare")
@@ -34,8 +36,9 @@ class Exports:
     """Listens at once; start() when helpers can attach. fileno() is readable when handle() has something to do, and
     handle() wants to be called after wait_s() at the latest."""
 
-    def __init__(self, addresses: Iterable[str]) -> None:
-        self._listening: list[Listening] = listen_on(addresses)
+    def __init__(self, addresses: Iterable[str], taken: Mapping[int, Sequence[OwnedFd]] | None = None) -> None:
+        """taken: sockets that listen already, by the place of their address."""
+        self._listening: list[Listening] = listen_on(addresses, taken)
         self._epoll = select.epoll()
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
@@ -50,6 +53,11 @@ class Exports:
     def addresses(self) -> list[str]:
         """As bound."""
         return [address for listening in self._listening for address in listening.addresses]
+
+    @property
+    def sockets(self) -> list[list[socket.socket]]:
+        """Of each address."""
+        return [listening.sockets for listening in self._listening]
 
     # -- life
 

@@ -49,6 +49,7 @@ class Handshake:
         self._status_fd = status_fd
         self._operator = operator
         self._block: Block | None = None  # the one HELLO named
+        self._mode = Mode.DEFAULT  # what was granted
         self.attached = False  # the connection is the helper's now
 
     def step(self) -> bool:
@@ -125,7 +126,7 @@ class Handshake:
         if self._device is not None and not complete:
             fds.append(self._device.fileno())
         self.connection.send(protocol.pack_welcome(self._describe(block, mode, len(fds) == 3)), fds)
-        self._block = block
+        self._block, self._mode = block, mode
         return True
 
     def _describe(self, block: Block, mode: Mode, with_device: bool) -> Welcome:
@@ -158,7 +159,8 @@ class Handshake:
         if block.state is State.END:
             self.connection.send(protocol.pack_ack(0, WelcomeFlag.COMPLETE))
             return self._end()
-        helper = self._helpers.attach(block, self.connection, uffd_fd, message.maps)
+        may_write = self._mode is Mode.RW
+        helper = self._helpers.attach(block, self.connection, uffd_fd, message.maps, may_write=may_write)
         self.attached = True
         self._helpers.tell(helper, protocol.pack_ack(helper.slot))
         return False

@@ -12,17 +12,20 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from pcshare import protocol
-from pcshare.coordinator.blocks import Block
+from pcshare.coordinator.blocks import Block, Blocks
+from pcshare.coordinator.takeover import HelperTable, KeptHelper, kept_name
 from pcshare.errors import LimitReached, PcshareError, RemoteProtocolError
 from pcshare.fault_thread import EventKind, FaultEvent, FaultThreads
 from pcshare.fds import OwnedFd, close_aside
 from pcshare.protocol import Map
 from pcshare.status import SegmentWriter
+from pcshare.store import FdStore
 from pcshare.transport import Connection, PeerCredentials
 from pcshare.uffd import Uffd
 
@@ -50,19 +53,30 @@ class Helper:
     connection: Connection
     credentials: PeerCredentials
     identity: int  # of its uffd; 0: unknown
+    may_write: bool
     state: SlotState = SlotState.ATTACHED
 
 
 class Helpers:
     """All attachments of a coordinator."""
 
-    def __init__(self, segment: SegmentWriter, fault_threads: FaultThreads, features: int, helpers_max: int) -> None:
+    def __init__(
+        self,
+        segment: SegmentWriter,
+        fault_threads: FaultThreads,
+        features: int,
+        helpers_max: int,
+        store: FdStore,
+        table: HelperTable,
+    ) -> None:
         self._segment = segment
         self._fault_threads = fault_threads
         self._features = features
         self._helpers_max = helpers_max
+        self._store = store
+        self._table = table
         self._by_id: dict[int, Helper] = {}
-        self._identities: set[int] = set()
+        self._by_identity: dict[int, Helper] = {}
         self._free_slots = deque(range(helpers_max))  # the one that is free longest comes first
 
     def __len__(self) -> int:
@@ -82,41 +96,109 @@ class Helpers:
 
     # -- attaching
 
-    def attach(self, block: Block, connection: Connection, uffd_fd: OwnedFd, maps: tuple[Map, ...]) -> Helper:
+    def attach(
+        self, block: Block, connection: Connection, uffd_fd: OwnedFd, maps: tuple[Map, ...], *, may_write: bool
+    ) -> Helper:
         """Takes over a helper's uffd. What is wrong with it or its maps is a RemoteProtocolError."""
         self.check_room()
         check_maps(block, maps)
         with Uffd(uffd_fd.detach()) as uffd:
-            return self._register(block, connection, uffd, self._inspect(uffd), maps)
+            return self._register(block, connection, uffd, self._inspect(uffd), maps, may_write)
 
     def _register(
-        self, block: Block, connection: Connection, uffd: Uffd, identity: int, maps: tuple[Map, ...]
+        self,
+        block: Block,
+        connection: Connection,
+        uffd: Uffd,
+        identity: int,
+        maps: tuple[Map, ...],
+        may_write: bool,
     ) -> Helper:
+        """Kept first: should we die after that, the one after us answers its ATTACH."""
         credentials = connection.credentials()
         slot = self._free_slots.popleft()
         try:
             self._segment.clear_helper(slot)  # a thread that was at work for the last one may have counted since
             status = self._segment.helper_slot(slot)
             status.block_index, status.pid, status.uid = block.index, credentials.pid, credentials.uid
-            remote_id = self._fault_threads.add_remote(
-                block.ram, uffd, connection.dup(), [(m.client_addr, m.offset, m.length) for m in maps], status
-            )
+            self._table.write(slot, block.index, credentials.pid, credentials.uid, maps)
+            self._store.put(kept_name(slot, may_write=may_write), [connection.fileno(), uffd.fileno()])
+            remote_id = self._serve(block, connection, uffd, maps, status)
         except BaseException:
-            self._release(slot)
+            self._forget(slot, may_write)
             raise
+        status.state = SlotState.ATTACHED
+        self._segment.header.helpers_joined += 1
+        return self._note(Helper(remote_id, slot, block, connection, credentials, identity, may_write))
+
+    def _serve(self, block: Block, connection: Connection, uffd: OwnedFd, maps: tuple[Map, ...], status: Any) -> int:
+        """From here on its faults are answered: its id. uffd is consumed."""
+        remote_id = self._fault_threads.add_remote(
+            block.ram, uffd, connection.dup(), [(m.client_addr, m.offset, m.length) for m in maps], status
+        )
         if not self._fault_threads.is_alive(remote_id):
             self._fault_threads.remove_remote(remote_id)
-            self._release(slot)
             raise RemoteProtocolError(
                 "ATTACH: the address space of this userfaultfd has ended, or cannot be looked at", errno=errno.ESRCH
             )
-        status.state = SlotState.ATTACHED
-        self._segment.header.helpers_joined += 1
-        helper = Helper(remote_id, slot, block, connection, credentials, identity)
-        self._by_id[remote_id] = helper
-        if identity:
-            self._identities.add(identity)
+        return remote_id
+
+    def _note(self, helper: Helper) -> Helper:
+        self._by_id[helper.remote_id] = helper
+        if helper.identity:
+            self._by_identity[helper.identity] = helper
         return helper
+
+    # -- taking over
+
+    def take_over(self, kept: Iterable[KeptHelper], blocks: Blocks) -> None:
+        """Serves who was attached to the coordinator before this one. Who died meanwhile is let go; everybody else is
+        told that another one serves, and faults again where it waits."""
+        taken: dict[int, Helper] = {}
+        for one in kept:
+            try:
+                taken[one.slot] = self._take_one(one, blocks.by_index(one.block_index))
+            except (PcshareError, OSError, KeyError) as error:
+                log.info("helper %d has gone meanwhile: %s", one.pid, error)
+                self._store.remove(kept_name(one.slot, may_write=one.may_write))
+        for slot in self._segment.used_helper_slots():
+            if slot not in taken:  # it has gone, or its fds were not kept and it comes again by itself
+                self._segment.clear_helper(slot)
+                self._segment.header.helpers_left += 1
+        self._free_slots = deque(slot for slot in self._free_slots if slot not in taken)
+        for helper in taken.values():
+            self._tell_takeover(helper)
+
+    def _take_one(self, one: KeptHelper, block: Block) -> Helper:
+        connection = Connection.of(one.fds[0])
+        uffd = Uffd(one.fds[1].detach())
+        status = self._segment.helper_slot(one.slot)
+        if status.state == SlotState.FREE:  # it was being attached
+            status.block_index, status.pid, status.uid = one.block_index, one.pid, one.uid
+            status.state = SlotState.ATTACHED
+            self._segment.header.helpers_joined += 1
+        with uffd:
+            identity = uffd.inspect(self._features)
+            remote_id = self._serve(block, connection, uffd, one.maps, status)
+        helper = Helper(
+            remote_id,
+            one.slot,
+            block,
+            connection,
+            connection.credentials(),
+            identity,
+            one.may_write,
+            SlotState(status.state),
+        )
+        return self._note(helper)
+
+    def _tell_takeover(self, helper: Helper) -> None:
+        if helper.state is SlotState.DISABLED:
+            self._fault_threads.disable_remote(helper.remote_id, errno.ECONNABORTED)
+            return
+        if helper.state is SlotState.ATTACHED:
+            self.tell(helper, protocol.pack_ack(helper.slot))
+        self._fault_threads.wake_remote(helper.remote_id)
 
     def _inspect(self, uffd: Uffd) -> int:
         try:
@@ -124,8 +206,11 @@ class Helpers:
         except PcshareError as error:
             close_aside(uffd)
             raise RemoteProtocolError(f"ATTACH: {error.message}", errno=error.errno, hint=error.hint) from None
-        if identity and identity in self._identities:
+        known = self._by_identity.get(identity)
+        if known is not None and known.state is not SlotState.ORPHANED:
             raise RemoteProtocolError("ATTACH: this userfaultfd is registered already", errno=errno.EEXIST)
+        if known is not None:  # it lost its socket, and has come back
+            self.remove(known)
         return identity
 
     # -- what the core tells
@@ -145,6 +230,8 @@ class Helpers:
             self._cut_off(helper, event)
 
     def _cut_off(self, helper: Helper, event: FaultEvent) -> None:
+        if helper.state is SlotState.DISABLED:  # and was told so, by a coordinator before this one
+            return
         where = f" at {event.offset:#x}" if event.offset else ""
         text = f"{_OFFENCES.get(event.error, os.strerror(event.error))}{where}"
         log.warning("helper %d on block %s is cut off: %s", helper.credentials.pid, helper.block.idstr, text)
@@ -172,12 +259,14 @@ class Helpers:
     def remove(self, helper: Helper) -> None:
         self._fault_threads.remove_remote(helper.remote_id)
         helper.connection.close()
-        self._identities.discard(helper.identity)
+        if self._by_identity.get(helper.identity) is helper:
+            del self._by_identity[helper.identity]
         del self._by_id[helper.remote_id]
-        self._release(helper.slot)
+        self._forget(helper.slot, helper.may_write)
         self._segment.header.helpers_left += 1
 
-    def _release(self, slot: int) -> None:
+    def _forget(self, slot: int, may_write: bool) -> None:
+        self._store.remove(kept_name(slot, may_write=may_write))
         self._segment.clear_helper(slot)
         self._free_slots.append(slot)
 

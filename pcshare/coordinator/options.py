@@ -36,6 +36,7 @@ class Options:
     trace: str | None = None
     exports: tuple[str, ...] = ()  # addresses on which the blocks are given out over NBD
     device_state: str | None = None  # the file for what an incoming migration says of its devices
+    keeper_restarts: bool = True  # the keeper is our parent and starts us again; else it ends with us
 
     @property
     def takes_migration(self) -> bool:

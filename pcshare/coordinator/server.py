@@ -27,13 +27,27 @@ from pcshare.coordinator.incoming import IncomingMigration, incoming_source
 from pcshare.coordinator.opening import close_sources
 from pcshare.coordinator.options import STREAM_EAGER, STREAM_LAZY, STREAM_PAUSED, STREAM_RATE, Options
 from pcshare.coordinator.parent import ParentLink
+from pcshare.coordinator.takeover import (
+    EXPORT,
+    HELPER_TABLE,
+    KEEPER,
+    LISTENER,
+    PARENT,
+    SEGMENT,
+    SOURCE,
+    STATE,
+    HelperTable,
+    KeptState,
+    Predecessor,
+)
 from pcshare.errors import PcshareError, UsageError
 from pcshare.fault_thread import EventKind, FaultThreads, default_cpus
+from pcshare.fds import OwnedFd
 from pcshare.keeper import Keeper
 from pcshare.notifier import Change, NotifierChain
 from pcshare.protocol import Admin, AdminOp
-from pcshare.sources import OpenedSource
 from pcshare.state import State
+from pcshare.store import FdStore
 from pcshare.trace import TraceFile
 from pcshare.transport import Listener
 
@@ -60,8 +74,19 @@ class Server:
     """A coordinator in this process. start(), run() until stopped, close(); close() may be called at any time, twice,
     and after a failure half-way."""
 
-    def __init__(self, options: Options, keeper: Keeper, parent: ParentLink | None = None) -> None:
+    def __init__(
+        self,
+        options: Options,
+        keeper: Keeper,
+        parent: ParentLink | None = None,
+        store: FdStore | None = None,
+        predecessor: Predecessor | None = None,
+    ) -> None:
+        """predecessor: a coordinator that was killed, or made way; this one goes on where it was, and whatever goes
+        wrong leaves everything to the next one."""
         self.options = options
+        self._store = store or FdStore(None)
+        self._predecessor = predecessor
         self.notifiers = NotifierChain()
         self._keeper = keeper
         self._parent = parent
@@ -71,6 +96,7 @@ class Server:
         self._stop_write.setblocking(False)
         self._stop_reason: PcshareError | None = None
         self._stopping = False
+        self._has_served = False
         self._handshakes: dict[int, Handshake] = {}
         self._accepting = False
         self._accept_again = 0.0  # not before that time
@@ -82,35 +108,49 @@ class Server:
 
     # -- start
 
-    def start(self) -> None:
-        """Returns when attach would succeed."""
+    def start(self) -> bool:
+        """Returns when attach would succeed: whether this coordinator is the first that serves these blocks."""
+        is_first = self._predecessor is None
         try:
             self._start()
         except BaseException:
-            self.close()
+            if self._predecessor is None:
+                self.close()
             raise
+        self._has_served, self._predecessor = True, None
+        return is_first
+
+    @property
+    def is_survived(self) -> bool:
+        """Whether what is served outlives this process, because nobody has ordered an end: it must then end without
+        clearing up."""
+        served = self._has_served or self._predecessor is not None
+        return self._store.is_there and served and not self._stopping
 
     def _start(self) -> None:
-        options = self.options
+        options, before = self.options, self._predecessor
         report = probe.require_host(options.page_size)
         self._check_options(report)
-        self._features = probe.wanted_features(report.features)
+        self._features = before.state.features if before else probe.wanted_features(report.features)
         _raise_fd_limit()
-        path = self._socket_path = self._take_name()
-        self.exports = Exports(options.exports)
+        path = self._socket_path = before.state.socket_path if before else self._take_name()
+        self.exports = Exports(options.exports, before.take_numbered(EXPORT) if before else None)
         self._closing.callback(self.exports.close)
-        self._segment = status.SegmentWriter(options.name, path, shared=options.shared)
+        taken = before.take(SEGMENT) if before else None
+        self._segment = status.SegmentWriter(options.name, path, shared=options.shared, taken=taken)
         self._closing.callback(self._segment.close)
         self._segment.header.keeper_pid = self._keeper.pid
         if options.trace:
             self._closing.callback(TraceFile.start(options.trace).close)
         self.blocks = Blocks(options, self._segment, self.notifiers, self._tell_state)
         self._closing.callback(self.blocks.links.close)
-        opened = [] if options.takes_migration else self.blocks.open_sources(self._stop_read)
-        self._closing.callback(close_sources, opened)
-        self.blocks.probe(opened)
-        self._start_serving(opened)
-        self._listen(path)
+        self._start_serving()
+        if before is not None:
+            self._take_over_blocks(before)
+        else:
+            self._make_blocks()
+        self._set_stream(before is not None)
+        self._listen(path, before.take(LISTENER) if before else None)
         if options.exports:
             self._closing.callback(self.exports.close)  # before the helpers, of which the exporter is one
             self._watch(self.exports, self.exports.handle)
@@ -152,31 +192,78 @@ class Server:
             log.warning("cleared what a dead coordinator left: %s", left)
         return str(path)
 
-    def _start_serving(self, opened: list[OpenedSource]) -> None:
-        options = self.options
-        self.fault_threads = FaultThreads(self._segment.header)
+    def _start_serving(self) -> None:
+        """Everything that serves, and nothing yet to be served."""
+        options, before = self.options, self._predecessor
+        header = self._segment.header
+        self._stream_before = (int(header.stream_mode), int(header.stream_rate))
+        self.fault_threads = FaultThreads(header)
         self._closing.callback(self.fault_threads.close)
         self._closing.callback(self.blocks.close)
         self.fault_threads.set_stream(STREAM_LAZY)  # not before every block is there
         self.fault_threads.start(_cpus(options.fault_threads))
-        self.helpers = Helpers(self._segment, self.fault_threads, self._features, options.helpers_max)
+        table = before.helpers if before else HelperTable()
+        self._closing.callback(table.close)
+        self._store.put(HELPER_TABLE, [table.fileno()] if before is None else [])
+        self.helpers = Helpers(
+            self._segment, self.fault_threads, self._features, options.helpers_max, self._store, table
+        )
         self._closing.callback(self.helpers.close)
-        for source in opened:
-            self.blocks.add(source, self._keeper, self.fault_threads)
+
+    def _make_blocks(self) -> None:
+        options = self.options
         if options.takes_migration:
             self.incoming = IncomingMigration(
                 options, self.blocks, self._segment, self._keeper, self.fault_threads, self._blocks_are_served
             )
             self._closing.callback(self.incoming.close)
-        self.fault_threads.set_stream(options.stream_mode, options.stream_rate)
-        if options.stream_mode != STREAM_PAUSED:
-            self._resume_mode = (options.stream_mode, options.stream_rate)
+            return
+        opened = self.blocks.open_sources(self._stop_read)
+        self._closing.callback(close_sources, opened)
+        self.blocks.probe(opened)
+        for source in opened:
+            self.blocks.add(source, self._keeper, self.fault_threads)
 
-    def _listen(self, path: str) -> None:
+    def _take_over_blocks(self, before: Predecessor) -> None:
+        kept_fds = before.take_numbered(SOURCE)
+        for kept in before.state.blocks:
+            source = self.blocks.reopen_source(kept, next(iter(kept_fds.get(kept.index, [])), None))
+            self.blocks.take_over(kept, source, self._keeper, self.fault_threads)
+        self._keeper.sweep()
+        self.helpers.take_over(before.kept_helpers(), self.blocks)
+
+    def _set_stream(self, as_before: bool) -> None:
+        """What an operator has steered since goes on."""
+        mode, rate = self.options.stream_mode, self.options.stream_rate
+        if mode != STREAM_PAUSED:
+            self._resume_mode = (mode, rate)
+        if as_before:
+            mode, rate = self._stream_before
+        self.fault_threads.set_stream(mode, rate)
+
+    def _keep(self) -> None:
+        """Leaves to the coordinator after this one what it must have."""
+        store = self._store
+        state = KeptState(self._socket_path, self._features, self.blocks.describe())
+        store.put(LISTENER, [self._listener.fileno()])
+        store.put(SEGMENT, [self._segment.own_fd])
+        for block in self.blocks:
+            if (fd := block.source.kept_fd()) is not None:
+                store.put(f"{SOURCE}{block.index}", [fd])
+        for number, sockets in enumerate(self.exports.sockets):
+            store.put(f"{EXPORT}{number}", [one.fileno() for one in sockets])
+        if self._parent is not None:
+            store.put(PARENT, [self._parent.fileno()])
+        if not self.options.keeper_restarts:
+            store.put(KEEPER, [self._keeper.socket_fd])
+        with state.to_memfd() as state_fd:
+            store.put(STATE, [state_fd.fileno()])  # last: with it the rest counts
+
+    def _listen(self, path: str, taken: OwnedFd | None) -> None:
         self._device = fds.open_uffd_device()
         if self._device is not None:
             self._closing.callback(self._device.close)
-        self._listener = Listener(path, SHARED_SOCKET_MODE if self.options.shared else SOCKET_MODE)
+        self._listener = Listener(path, SHARED_SOCKET_MODE if self.options.shared else SOCKET_MODE, taken)
         self._closing.callback(self._listener.close)
         self._closing.callback(self._drop_handshakes)
         self._watch(self._stop_read, self._drain_stop)
@@ -191,6 +278,9 @@ class Server:
         self._take_events()
 
     def _tell_ready(self, path: str) -> None:
+        if self._predecessor is None and self.incoming is None:
+            self._keep()
+        self._store.tell_ready()
         if self._parent is not None:
             self._parent.send(
                 event="ready",
@@ -396,18 +486,13 @@ class Server:
 
     def close(self) -> None:
         """Says BYE to helpers, frees blocks, removes socket and status segment."""
+        self._store.tell_stopping()
         self._closing.close()
+        self._store.close()
         self._selector.close()
         self._keeper.close()
         self._stop_read.close()
         self._stop_write.close()
-
-    def __enter__(self) -> Server:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _cpus(wanted: int | None) -> list[int]:

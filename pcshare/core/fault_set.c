@@ -7,6 +7,7 @@
 
 #include "bitmap.h"
 #include "trace.h"
+#include "uffd.h"
 
 enum { SLOT_BITS = 16, SLOT_MASK = (1 << SLOT_BITS) - 1 };
 
@@ -111,6 +112,17 @@ int fault_threads_remove_remote(struct fault_threads *ft, uint32_t id)
     trace_point(TRACE_REMOTE_REMOVE, remote->block->index, id, 0, 0);
     remote_fd_put(remote);
     return 0;
+}
+
+int fault_threads_wake_remote(struct fault_threads *ft, uint32_t id)
+{
+    struct remote_fd *remote = remote_by_id(ft, id);
+
+    if (!remote)
+        return -ENOENT;
+    int rc = uffd_wake_all(remote->uffd);
+    remote_fd_put(remote);
+    return rc;
 }
 
 int fault_threads_disable_remote(struct fault_threads *ft, uint32_t id, int error)

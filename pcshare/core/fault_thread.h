@@ -17,7 +17,8 @@
 
 enum {
     FAULT_THREADS_MAX = 64,
-    FAULT_REQUESTS_IN_FLIGHT_MAX = 64,  /* REQUESTs of one helper that are not answered yet; as many hints */
+    FAULT_REQUESTS_IN_FLIGHT_MAX = 128, /* REQUESTs of one helper that are not answered yet; as many hints. A helper
+                                         * keeps to half of it: across a takeover it asks for all of them again */
     FAULT_DEMANDS_IN_FLIGHT_MAX = 4096, /* pages one helper waits for; who waits for more than it has threads lies */
 };
 
@@ -73,6 +74,8 @@ int fault_threads_place(struct fault_threads *ft, uint32_t block_index, uint64_t
 /* *idp names it in events. remote is consumed, also on failure. */
 int fault_threads_add_remote(struct fault_threads *ft, struct remote_fd *remote, uint32_t *idp);
 int fault_threads_remove_remote(struct fault_threads *ft, uint32_t id);
+/* Everybody who waits there faults again: what another coordinator had read of its faults never comes by itself. */
+int fault_threads_wake_remote(struct fault_threads *ft, uint32_t id);
 /* Cuts it off: no longer polled, its waits forgotten; its uffd stays open until it is removed. */
 int fault_threads_disable_remote(struct fault_threads *ft, uint32_t id, int error);
 /* -ESRCH: its address space is gone, or there is no such remote fd; 0: it lives; -EINVAL: the kernel does not tell. */

@@ -111,6 +111,7 @@ struct pcshare_attachment {
     struct status_view *view;
     struct helper_request *requests; /* in the order they came */
     uint32_t next_cookie;
+    uint32_t first_cookie; /* of what the coordinator of now was asked; answers to earlier ones are another's */
     uint32_t in_flight; /* sent and not answered, those that their caller has given up included */
     struct pcshare_info info;
     char socket_path[SOCKET_PATH_MAX];

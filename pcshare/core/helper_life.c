@@ -3,6 +3,7 @@
  *   ATTACHED --END--> COMPLETE                 ORPHANED --WELCOME, ACK--> ATTACHED
  *   ATTACHED --BYE--> LOST                     ORPHANED --timeout--> LOST
  *   ATTACHED --hung up, garbage--> ORPHANED    any but LOST, and the status segment says END --> COMPLETE
+ *   ATTACHED --ACK--> ATTACHED                 (another coordinator serves: what is not answered is asked for again)
  *
  * Nothing here waits, and no page of a block is touched: whatever waits for a page, its rescue does not.
  */
@@ -96,12 +97,27 @@ static void hear_bye(struct pcshare_attachment *a)
     become_lost(a);
 }
 
+/* The coordinator was killed, and the one after it has this socket and our uffd. */
+static int hear_takeover(struct pcshare_attachment *a, struct link_message *message)
+{
+    int is_complete;
+    int rc = link_accept_ack(a, message, &is_complete);
+
+    if (rc == 0 && is_complete)
+        become_complete(a);
+    else if (rc == 0)
+        requests_send_again(a);
+    return rc;
+}
+
 static int handle_message(struct pcshare_attachment *a, struct link_message *message)
 {
     link_message_close(message);
     switch (message->body.header.type) {
     case WIRE_DONE:
         return requests_answer(a, &message->body.done);
+    case WIRE_ACK:
+        return hear_takeover(a, message);
     case WIRE_END:
         become_complete(a);
         return 0;

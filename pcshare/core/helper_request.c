@@ -27,6 +27,8 @@ static void request_append(struct pcshare_attachment *a, struct helper_request *
         rp = &(*rp)->next;
     request->next = NULL;
     request->cookie = ++a->next_cookie;
+    if (request->cookie - a->first_cookie > INT32_MAX / 2) /* cookies wrap; so old an answer is none any more */
+        a->first_cookie = request->cookie - INT32_MAX / 2;
     *rp = request;
 }
 
@@ -57,7 +59,6 @@ void requests_finish_all(struct pcshare_attachment *a, int status)
 
 void requests_send(struct pcshare_attachment *a)
 {
-
     for (struct helper_request *request = a->requests; request; request = request->next) {
         if (request->is_sent)
             continue;
@@ -70,10 +71,15 @@ void requests_send(struct pcshare_attachment *a)
     }
 }
 
+/* Under new cookies: what was asked of a coordinator that died may lie in the socket still, and be answered by the next
+ * one as well. */
 void requests_send_again(struct pcshare_attachment *a)
 {
-    for (struct helper_request *request = a->requests; request; request = request->next)
+    a->first_cookie = a->next_cookie + 1;
+    for (struct helper_request *request = a->requests; request; request = request->next) {
+        request->cookie = ++a->next_cookie;
         request->is_sent = 0;
+    }
     a->in_flight = 0;
     requests_send(a);
 }
@@ -82,6 +88,8 @@ int requests_answer(struct pcshare_attachment *a, const struct wire_done *done)
 {
     struct helper_request *request = a->requests;
 
+    if ((int32_t)(done->header.cookie - a->first_cookie) < 0)
+        return 0; /* asked of the coordinator before this one */
     if (a->in_flight == 0 || done->status > 0)
         return helper_fail(EPROTO, "the coordinator at %s broke the protocol: a DONE that answers nothing",
                            a->socket_path);

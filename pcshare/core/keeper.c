@@ -12,27 +12,44 @@
 
 #include "error.h"
 #include "fd_message.h"
+#include "thread.h"
 
 struct keeper {
     int socket_fd;
     uint32_t pid;
+    uint32_t serial; /* of the last request */
     uint8_t *staging;
     pthread_mutex_t lock; /* one request at a time; also guards staging. Held over the exchange: never on the way of a
                              fault that is not a repair */
     char text[CORE_ERROR_TEXT_MAX];
 };
 
-static int exchange(struct keeper *k, const struct keeper_request *request, struct keeper_answer *answer, int *fds,
+/* The answer to this request: what a coordinator that died was still owed is dropped, fds and all. */
+static int receive_answer(struct keeper *k, struct keeper_answer *answer, int *fds, uint32_t *n_fdsp)
+{
+    uint32_t room = *n_fdsp;
+    int rc;
+
+    for (;;) {
+        *n_fdsp = room;
+        rc = fd_message_receive(k->socket_fd, answer, sizeof(*answer), fds, n_fdsp, 0);
+        if (rc == -EINTR)
+            continue;
+        if (rc != (int)sizeof(*answer) || answer->serial == k->serial)
+            return rc;
+        fd_message_close(fds, *n_fdsp);
+    }
+}
+
+static int exchange(struct keeper *k, struct keeper_request *request, struct keeper_answer *answer, int *fds,
                     uint32_t n_fds_wanted)
 {
     uint32_t n_fds = n_fds_wanted;
-    int rc = fd_message_send(k->socket_fd, request, sizeof(*request), NULL, 0, 0);
 
-    if (rc == 0) {
-        do
-            rc = fd_message_receive(k->socket_fd, answer, sizeof(*answer), fds, &n_fds, 0);
-        while (rc == -EINTR);
-    }
+    request->serial = ++k->serial;
+    int rc = fd_message_send(k->socket_fd, request, sizeof(*request), NULL, 0, 0);
+    if (rc == 0)
+        rc = receive_answer(k, answer, fds, &n_fds);
     if (rc <= 0) {
         snprintf(k->text, sizeof(k->text), "the keeper is gone (%s)", rc == 0 ? "it hung up" : strerror(-rc));
         return -EPIPE;
@@ -71,6 +88,7 @@ int keeper_connect(struct keeper **kp, int socket_fd)
         return -ENOMEM;
     }
     k->socket_fd = socket_fd;
+    k->serial = (uint32_t)clock_ns(); /* not where the coordinator before this one began */
     pthread_mutex_init(&k->lock, NULL);
     int rc = exchange(k, &request, &answer, &staging_fd, 1);
     if (rc == 0)
@@ -100,13 +118,17 @@ uint32_t keeper_pid(const struct keeper *k)
     return k->pid;
 }
 
+int keeper_socket(const struct keeper *k)
+{
+    return k->socket_fd;
+}
+
 const char *keeper_error_text(const struct keeper *k)
 {
     return k->text;
 }
 
-static int ask(struct keeper *k, const struct keeper_request *request, struct keeper_answer *answer, int *fds,
-               uint32_t n_fds)
+static int ask(struct keeper *k, struct keeper_request *request, struct keeper_answer *answer, int *fds, uint32_t n_fds)
 {
     pthread_mutex_lock(&k->lock);
     int rc = exchange(k, request, answer, fds, n_fds);
@@ -159,6 +181,19 @@ int keeper_listen_block(struct keeper *k, uint32_t block, struct keeper_answer *
     return ask(k, &request, answer, placing_uffdp, 1);
 }
 
+int keeper_take_block(struct keeper *k, uint32_t block, const char *idstr, struct keeper_answer *answer, int *memfdp,
+                      int *placing_uffdp)
+{
+    struct keeper_request request = {.version = KEEPER_VERSION, .op = KEEPER_TAKE, .block = block};
+    int fds[2] = {-1, -1};
+
+    snprintf(request.idstr, sizeof(request.idstr), "%s", idstr);
+    int rc = ask(k, &request, answer, fds, 2);
+    *memfdp = fds[0];
+    *placing_uffdp = fds[1];
+    return rc;
+}
+
 static int plain_request(struct keeper *k, uint32_t op, uint32_t block)
 {
     struct keeper_request request = {.version = KEEPER_VERSION, .op = op, .block = block};
@@ -170,6 +205,11 @@ static int plain_request(struct keeper *k, uint32_t op, uint32_t block)
 int keeper_drop_block(struct keeper *k, uint32_t block)
 {
     return plain_request(k, KEEPER_DROP, block);
+}
+
+int keeper_sweep(struct keeper *k)
+{
+    return plain_request(k, KEEPER_SWEEP, 0);
 }
 
 int keeper_complete_block(struct keeper *k, uint32_t block)

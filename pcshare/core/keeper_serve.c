@@ -1,7 +1,6 @@
-/* keeper_serve: the keeper's own side: makes, maps, registers and seals blocks, and holds them until the socket hangs
- * up. */
+/* keeper_serve: the keeper's own side: makes, maps, registers and seals blocks, and holds them for whoever comes. */
 #define _GNU_SOURCE
-#include "keeper.h"
+#include "keeper_internal.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -25,15 +24,19 @@
 
 struct kept_block {
     int in_use;
+    int is_claimed; /* by the coordinator of now: it has made or taken it */
     int registered;
     int writable;
     int memfd;
     uint8_t *place_addr; /* NULL: deferred, and not listening yet */
     uint64_t map_length;
     uint64_t page_size;
+    uint64_t ioctls; /* what REGISTER offered */
+    char idstr[sizeof(((struct keeper_request *)0)->idstr)];
 };
 
 struct keeping {
+    int is_greeted;
     int uffd; /* the placing uffd: one for all blocks */
     int staging_fd;
     uint8_t *staging;
@@ -101,6 +104,7 @@ static int map_and_register(struct keeping *k, struct kept_block *block, struct 
     if (rc < 0)
         return refuse(answer, -rc, "registering the block with userfaultfd");
     block->registered = 1;
+    block->ioctls = answer->ioctls;
     if (mprotect(mapped, length, PROT_READ | PROT_WRITE) < 0)
         return refuse(answer, errno, "mprotect");
     return 0;
@@ -197,7 +201,8 @@ static void serve_make(struct keeping *k, const struct keeper_request *request, 
     block->memfd = make_memfd(request, answer);
     if (block->memfd < 0)
         return;
-    block->in_use = 1;
+    block->in_use = block->is_claimed = 1;
+    memcpy(block->idstr, request->idstr, sizeof(block->idstr));
     if (!request->deferred && listen_on(k, block, answer) < 0) {
         drop_block(k, block);
         return;
@@ -205,6 +210,41 @@ static void serve_make(struct keeping *k, const struct keeper_request *request, 
     fds[0] = block->memfd;
     fds[1] = k->uffd;
     *n_fdsp = request->deferred ? 1 : 2;
+}
+
+/* Of a block that only a dead coordinator had: whoever says its name was told of it. */
+static void serve_take(struct keeping *k, const struct keeper_request *request, struct keeper_answer *answer, int *fds,
+                       uint32_t *n_fdsp)
+{
+    struct kept_block *block = &k->blocks[request->block];
+
+    if (!block->place_addr || memcmp(block->idstr, request->idstr, sizeof(block->idstr)) != 0) {
+        refuse(answer, ENOENT, "no such block to take");
+        return;
+    }
+    block->is_claimed = 1;
+    answer->block = request->block;
+    answer->place_addr = (uint64_t)(uintptr_t)block->place_addr;
+    answer->ioctls = block->ioctls;
+    fds[0] = block->memfd;
+    fds[1] = k->uffd;
+    *n_fdsp = 2;
+}
+
+static void sweep(struct keeping *k)
+{
+    for (uint32_t i = 0; i < KEEPER_BLOCKS_MAX; i++)
+        if (k->blocks[i].in_use && !k->blocks[i].is_claimed)
+            drop_block(k, &k->blocks[i]);
+}
+
+static void serve_hello(struct keeping *k, int *fds, uint32_t *n_fdsp)
+{
+    for (uint32_t i = 0; i < KEEPER_BLOCKS_MAX; i++)
+        k->blocks[i].is_claimed = 0;
+    k->is_greeted = 1;
+    fds[0] = k->staging_fd;
+    *n_fdsp = 1;
 }
 
 /* Only a block that nobody can punch holes into: a page that was present stays so, and this store cannot wait in a
@@ -221,20 +261,23 @@ static void serve_repair(struct keeping *k, const struct keeper_request *request
     memcpy(block->place_addr + request->offset, k->staging, request->length);
 }
 
+static int names_block(uint32_t op)
+{
+    return op == KEEPER_DROP || op == KEEPER_REPAIR || op == KEEPER_COMPLETE || op == KEEPER_LISTEN ||
+           op == KEEPER_TAKE;
+}
+
 static void serve_one(struct keeping *k, const struct keeper_request *request, struct keeper_answer *answer, int *fds,
                       uint32_t *n_fdsp)
 {
-    int names_block = request->op == KEEPER_DROP || request->op == KEEPER_REPAIR || request->op == KEEPER_COMPLETE ||
-                      request->op == KEEPER_LISTEN;
-
     answer->pid = (uint32_t)getpid();
+    answer->serial = request->serial;
     if (request->version != KEEPER_VERSION) {
         refuse(answer, EPROTONOSUPPORT, "keeper protocol version");
-    } else if (names_block && (request->block >= KEEPER_BLOCKS_MAX || !k->blocks[request->block].in_use)) {
+    } else if (names_block(request->op) && (request->block >= KEEPER_BLOCKS_MAX || !k->blocks[request->block].in_use)) {
         refuse(answer, ENOENT, "no such block");
     } else if (request->op == KEEPER_HELLO) {
-        fds[0] = k->staging_fd;
-        *n_fdsp = 1;
+        serve_hello(k, fds, n_fdsp);
     } else if (request->op == KEEPER_MAKE) {
         serve_make(k, request, answer, fds, n_fdsp);
     } else if (request->op == KEEPER_DROP) {
@@ -245,6 +288,10 @@ static void serve_one(struct keeping *k, const struct keeper_request *request, s
         complete_block(k, &k->blocks[request->block]);
     } else if (request->op == KEEPER_LISTEN) {
         serve_listen(k, request, answer, fds, n_fdsp);
+    } else if (request->op == KEEPER_TAKE) {
+        serve_take(k, request, answer, fds, n_fdsp);
+    } else if (request->op == KEEPER_SWEEP) {
+        sweep(k);
     } else {
         refuse(answer, EOPNOTSUPP, "unknown request");
     }
@@ -262,43 +309,59 @@ static int make_staging(struct keeping *k)
     return 0;
 }
 
-static int serve_until_hangup(struct keeping *k, int socket_fd)
+int keeping_serve(struct keeping *k, int socket_fd)
 {
-    for (;;) {
-        struct keeper_request request;
-        struct keeper_answer answer = {0};
-        int fds[FD_MESSAGE_FDS_MAX];
-        uint32_t n_fds = 0;
-        int rc = fd_message_receive(socket_fd, &request, sizeof(request), NULL, NULL, 0);
+    struct keeper_request request;
+    struct keeper_answer answer = {0};
+    int fds[FD_MESSAGE_FDS_MAX];
+    uint32_t n_fds = 0;
+    int rc = fd_message_receive(socket_fd, &request, sizeof(request), NULL, NULL, 0);
 
-        if (rc == -EINTR)
-            continue;
-        if (rc <= 0)
-            return rc;
-        if (rc != (int)sizeof(request))
-            return -EPROTO;
-        request.idstr[sizeof(request.idstr) - 1] = '\0';
-        serve_one(k, &request, &answer, fds, &n_fds);
-        rc = fd_message_send(socket_fd, &answer, sizeof(answer), fds, n_fds, 0);
-        if (rc < 0)
-            return rc;
-    }
+    if (rc == -EINTR)
+        return 0;
+    if (rc <= 0)
+        return rc == 0 ? KEEPING_HUNG_UP : rc;
+    if (rc != (int)sizeof(request))
+        return -EPROTO;
+    request.idstr[sizeof(request.idstr) - 1] = '\0';
+    serve_one(k, &request, &answer, fds, &n_fds);
+    return fd_message_send(socket_fd, &answer, sizeof(answer), fds, n_fds, 0);
 }
 
-int keeper_serve(int socket_fd)
+int keeping_is_greeted(const struct keeping *k)
+{
+    return k->is_greeted;
+}
+
+void keeping_forget_coordinator(struct keeping *k)
+{
+    k->is_greeted = 0;
+}
+
+int keeping_new(struct keeping **kp)
 {
     struct keeping *k = calloc(1, sizeof(*k));
-    int rc;
 
+    *kp = NULL;
     if (!k)
         return -ENOMEM;
     k->uffd = -1;
     k->staging_fd = -1;
     for (uint32_t i = 0; i < KEEPER_BLOCKS_MAX; i++)
         k->blocks[i].memfd = -1;
-    rc = make_staging(k);
-    if (rc == 0)
-        rc = serve_until_hangup(k, socket_fd);
+    int rc = make_staging(k);
+    if (rc < 0) {
+        keeping_free(k);
+        return rc;
+    }
+    *kp = k;
+    return 0;
+}
+
+void keeping_free(struct keeping *k)
+{
+    if (!k)
+        return;
     for (uint32_t i = 0; i < KEEPER_BLOCKS_MAX; i++)
         if (k->blocks[i].in_use)
             drop_block(k, &k->blocks[i]);
@@ -309,5 +372,4 @@ int keeper_serve(int socket_fd)
     if (k->staging_fd >= 0)
         close(k->staging_fd);
     free(k);
-    return rc;
 }

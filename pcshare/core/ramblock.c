@@ -209,6 +209,48 @@ static int prepare_memory(const struct ramblock *b, char *text)
     return rc < 0 ? rc : check_present(b, text);
 }
 
+/* ---- memory that a dead coordinator has served ---- */
+
+/* The first pages of [page, end) that may be present: from *startp on, and where they end. SEEK_DATA is a hint, and
+ * enough: what it does not see was planted beside the protocol. Of hugetlb the kernel does not tell. */
+static uint64_t next_present(const struct ramblock *b, uint64_t page, uint64_t end, uint64_t *startp)
+{
+    *startp = page;
+    if (needs_every_page(b))
+        return end;
+    off_t data = lseek(b->memfd, (off_t)(page * b->page_size), SEEK_DATA);
+    *startp = data < 0 ? end : (uint64_t)data / b->page_size;
+    off_t hole = data < 0 ? -1 : lseek(b->memfd, data, SEEK_HOLE);
+    return hole < 0 || (uint64_t)hole / b->page_size > end ? end : (uint64_t)hole / b->page_size;
+}
+
+/* What it may have placed and not noted any more. */
+static int note_recovered(struct ramblock *b)
+{
+    int rc = bitmap_new(&b->recovered, b->page_count);
+
+    for (uint64_t start, page = 0; rc == 0 && page < b->page_count;) {
+        uint64_t end = next_present(b, page, b->page_count, &start);
+
+        for (uint64_t at = bitmap_next_clear(b->received, start, end); at < end;) {
+            uint64_t stop = bitmap_next_set(b->received, at, end);
+            bitmap_set_range(b->recovered, at, stop);
+            at = bitmap_next_clear(b->received, stop, end);
+        }
+        page = end;
+    }
+    return rc;
+}
+
+/* Poison marks are in the helpers, and who has some is known no more: where there ever were any, each page that comes
+ * lifts what may be there. */
+static void expect_poison(struct ramblock *b)
+{
+    b->status->lost_pages = 0; /* they are asked for again */
+    if (b->status->was_poisoned)
+        bitmap_set_range(b->poisoned, 0, b->page_count);
+}
+
 static int fill_holes(struct ramblock *b)
 {
     int rc = 0;
@@ -219,12 +261,23 @@ static int fill_holes(struct ramblock *b)
     return rc < 0 ? rc : 0;
 }
 
-static int make_memory(struct ramblock *b, int is_deferred, char *text)
+/* Where a block's memory comes from. */
+enum origin { ORIGIN_NEW, ORIGIN_DEFERRED, ORIGIN_KEPT };
+
+static int ask_keeper(struct ramblock *b, enum origin origin, struct keeper_answer *answer)
+{
+    if (origin == ORIGIN_DEFERRED)
+        return keeper_listen_block(b->keeper, b->keeper_block, answer, &b->placing_uffd);
+    if (origin == ORIGIN_KEPT)
+        return keeper_take_block(b->keeper, b->keeper_block, b->idstr, answer, &b->memfd, &b->placing_uffd);
+    return keeper_make_block(b->keeper, b->idstr, b->map_length, b->page_size, b->writable, answer, &b->memfd,
+                             &b->placing_uffd);
+}
+
+static int make_memory(struct ramblock *b, enum origin origin, char *text)
 {
     struct keeper_answer answer;
-    int rc = is_deferred ? keeper_listen_block(b->keeper, b->keeper_block, &answer, &b->placing_uffd)
-                         : keeper_make_block(b->keeper, b->idstr, b->map_length, b->page_size, b->writable, &answer,
-                                             &b->memfd, &b->placing_uffd);
+    int rc = ask_keeper(b, origin, &answer);
 
     if (rc < 0) {
         snprintf(text, CORE_ERROR_TEXT_MAX, "block %s: %.180s", b->idstr, keeper_error_text(b->keeper));
@@ -245,19 +298,26 @@ static int make_memory(struct ramblock *b, int is_deferred, char *text)
     return rc;
 }
 
-/* Of new memory the bitmap is all zeros, and for a sparse block too large to read. */
-static void count_pages(struct ramblock *b, int is_deferred)
+/* Of new memory the bitmap is all zeros, and for a sparse block too large to read; of a kept block the holes that were
+ * touched are counted already, and the rest is recounted: its coordinator may have died between a bit and a count. */
+static void count_pages(struct ramblock *b, enum origin origin)
 {
-    uint64_t received = is_deferred ? bitmap_count(b->received, 0, b->page_count) : 0, data = 0, data_received = 0;
+    uint64_t received = origin == ORIGIN_DEFERRED ? bitmap_count(b->received, 0, b->page_count) : 0;
+    uint64_t data = 0, data_received = 0;
 
     for (uint64_t i = 0; i < b->n_data; i++) {
         data += b->data[i].end - b->data[i].start;
-        if (is_deferred)
+        if (origin != ORIGIN_NEW)
             data_received += bitmap_count(b->received, b->data[i].start, b->data[i].end);
     }
     b->missing_pages = data - data_received;
-    b->status->hole_pages = b->page_count - data - (received - data_received);
+    if (origin == ORIGIN_KEPT)
+        received = data_received + (b->page_count - data) - b->status->hole_pages;
+    else
+        b->status->hole_pages = b->page_count - data - (received - data_received);
     b->status->received_pages = received;
+    if (origin == ORIGIN_DEFERRED) /* what is here already came without anybody waiting */
+        b->status->stream_pages = received;
 }
 
 static void describe(struct ramblock *b)
@@ -269,12 +329,22 @@ static void describe(struct ramblock *b)
     status->used_length = b->used_length;
     status->page_size = b->page_size;
     status->page_count = b->page_count;
-    status->stream_pages = status->received_pages; /* what is here already came without anybody waiting */
     __atomic_store_n(&status->in_use, 1, __ATOMIC_RELEASE);
 }
 
+/* What is in the memory already, made to fit the bitmap; before anybody can place a page. */
+static int settle_memory(struct ramblock *b, enum origin origin)
+{
+    if (origin == ORIGIN_DEFERRED && needs_every_page(b))
+        return fill_holes(b);
+    if (origin != ORIGIN_KEPT)
+        return 0;
+    expect_poison(b);
+    return note_recovered(b);
+}
+
 /* From the sizes to the memory; b holds what the caller asked for. */
-static int make(struct ramblock *b, int is_deferred, const struct ramblock_extent *data, uint64_t n_data, char *text)
+static int make(struct ramblock *b, enum origin origin, const struct ramblock_extent *data, uint64_t n_data, char *text)
 {
     int rc = check_sizes(b, text);
 
@@ -282,19 +352,24 @@ static int make(struct ramblock *b, int is_deferred, const struct ramblock_exten
         b->page_count = b->map_length / b->page_size;
         rc = set_extents(b, data, n_data);
     }
-    if (rc == 0 && needs_every_page(b) && !is_deferred)
+    if (rc == 0 && needs_every_page(b) && origin != ORIGIN_DEFERRED)
         hold_no_holes(b);
     if (rc == 0)
         rc = make_bitmaps(b);
-    if (rc == 0 && is_deferred)
+    if (rc == 0 && origin == ORIGIN_DEFERRED)
         rc = prepare_memory(b, text);
     if (rc == 0)
-        rc = make_memory(b, is_deferred, text);
+        rc = make_memory(b, origin, text);
     if (rc == 0)
-        count_pages(b, is_deferred);
-    if (rc == 0 && needs_every_page(b) && is_deferred)
-        rc = fill_holes(b);
-    return rc;
+        count_pages(b, origin);
+    return rc == 0 ? settle_memory(b, origin) : rc;
+}
+
+static enum origin origin_of(const struct ramblock_memory *memory)
+{
+    if (!memory)
+        return ORIGIN_NEW;
+    return memory->is_kept ? ORIGIN_KEPT : ORIGIN_DEFERRED;
 }
 
 int ramblock_new(struct ramblock **bp, struct keeper *keeper, const struct ramblock_memory *memory, const char *idstr,
@@ -307,7 +382,7 @@ int ramblock_new(struct ramblock **bp, struct keeper *keeper, const struct rambl
     *bp = NULL;
     text[0] = '\0';
     if (!b) {
-        if (memory)
+        if (memory && !memory->is_kept)
             give_back(keeper, memory->keeper_block, memory->memfd);
         return -ENOMEM;
     }
@@ -323,9 +398,9 @@ int ramblock_new(struct ramblock **bp, struct keeper *keeper, const struct rambl
     b->memfd = b->helper_memfd = b->placing_uffd = b->own_uffd = -1;
     if (memory) {
         b->keeper_block = memory->keeper_block;
-        b->memfd = memory->memfd;
+        b->memfd = memory->is_kept ? -1 : memory->memfd;
     }
-    int rc = make(b, memory != NULL, data, n_data, text);
+    int rc = make(b, origin_of(memory), data, n_data, text);
     if (rc < 0) {
         if (!text[0])
             snprintf(text, CORE_ERROR_TEXT_MAX, "block %s: %s", b->idstr, strerror(-rc));
@@ -352,6 +427,7 @@ void ramblock_free(struct ramblock *b)
     bitmap_free(b->requested, b->page_count);
     bitmap_free(b->failed, b->page_count);
     bitmap_free(b->poisoned, b->page_count);
+    bitmap_free(b->recovered, b->page_count);
     free(b->data);
     free(b);
 }
@@ -464,14 +540,16 @@ static uint64_t acquire_run(struct ramblock *b, uint64_t page, uint64_t end)
     return n;
 }
 
-/* Present, not received, and only we may place it: somebody planted it. In a writable block it may be a write: it
- * stays. */
+/* Present, not received, and only we may place it: somebody planted it, unless a coordinator died over it. In a
+ * writable block it may be a write: it stays. */
 static int meet_foreign_page(struct ramblock *b, uint64_t page, const void *bytes)
 {
-    count(&b->foreign_pages, 1);
-    count(&b->status->foreign_pages, 1);
-    __atomic_store_n(&b->foreign_offset, page * b->page_size, __ATOMIC_RELAXED);
-    trace_point(TRACE_FOREIGN, b->index, 0, page, 0);
+    if (!b->recovered || !bitmap_test_and_clear(b->recovered, page)) {
+        count(&b->foreign_pages, 1);
+        count(&b->status->foreign_pages, 1);
+        __atomic_store_n(&b->foreign_offset, page * b->page_size, __ATOMIC_RELAXED);
+        trace_point(TRACE_FOREIGN, b->index, 0, page, 0);
+    }
     return b->writable ? 0 : keeper_repair(b->keeper, b->keeper_block, page * b->page_size, bytes, b->page_size);
 }
 

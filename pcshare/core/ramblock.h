@@ -5,6 +5,8 @@
  *  - COPY never overwrites; EEXIST means the page is present. If it is not received and we hold its placing bit, nobody
  * who follows the protocol put it there: a foreign page;
  *  - a page that is received yet faults in a writable block was removed by a helper and comes back as zeros;
+ *  - a coordinator that is killed may leave pages that are placed and not yet received: no foreign pages, if the block
+ * is taken over, though in a read-only one the source's bytes are stored over them once more;
  *  - hugetlb offers no ZEROPAGE: one shared zero page of the largest size is copied instead.
  */
 #ifndef PCSHARE_RAMBLOCK_H
@@ -24,10 +26,11 @@ struct ramblock_extent {
     uint64_t end;
 };
 
-/* Memory that was filled before anybody else had it: a deferred block of the keeper's. */
+/* Memory that is there before the block is made. */
 struct ramblock_memory {
     uint32_t keeper_block;
-    int memfd;
+    int memfd;   /* of a deferred block; -1: the keeper has it */
+    int is_kept; /* 0: a deferred block, filled before anybody else had it; 1: one that a dead coordinator has served */
 };
 
 struct ramblock {
@@ -52,6 +55,7 @@ struct ramblock {
     uint64_t *requested; /* the stream asked for it and has no answer yet, or it is lost: not to be asked for */
     uint64_t *failed;    /* the source lost it: a touch is poisoned, or waits */
     uint64_t *poisoned;  /* some helper has a poison mark there, to be lifted when the page arrives after all */
+    uint64_t *recovered; /* of a block taken over: may be present although nobody has noted it. NULL: of no page */
     struct ramblock_extent *data; /* page-aligned, in pages */
     uint64_t n_data;
     uint64_t missing_pages;  /* data pages not received: 0 is complete */
@@ -71,7 +75,8 @@ enum {
  *
  * memory NULL: new and empty. Else the keeper's deferred block, which belongs to this one from here on, also on
  * failure, as its memfd does; received then tells which pages are in it. Whatever else it holds is forgotten before it
- * is sealed; a page that is said to be received and is not there: -EIO. Holes of huge pages are filled. */
+ * is sealed; a page that is said to be received and is not there: -EIO. Holes of huge pages are filled.
+ * A kept block stays the keeper's until it is freed here; received and the counters of status go on where they were. */
 int ramblock_new(struct ramblock **bp, struct keeper *keeper, const struct ramblock_memory *memory, const char *idstr,
                  uint64_t used_length, uint64_t map_length, uint64_t page_size, int writable,
                  const struct ramblock_extent *data, uint64_t n_data, uint32_t index, struct status_block *status,

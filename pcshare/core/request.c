@@ -77,6 +77,7 @@ static void wake_list(struct fault_threads *ft, struct waiter *list)
 static void poison_remote(struct ramblock *block, struct remote_fd *remote, uint64_t page)
 {
     bitmap_test_and_set(block->poisoned, page);
+    __atomic_store_n(&block->status->was_poisoned, 1, __ATOMIC_RELEASE);
     trace_point(TRACE_POISON, block->index, remote->id, page, 0);
     (void)remote_fd_poison(remote, page);
     if (ramblock_is_received(block, page))

@@ -13,7 +13,7 @@
 
 enum {
     STATUS_MAGIC = 0x54534350, /* "PCST" */
-    STATUS_VERSION = 2,
+    STATUS_VERSION = 3,
     STATUS_NAME_MAX = 64,
     STATUS_REASON_MAX = 256,
     STATUS_MACHINE_MAX = 256,
@@ -72,7 +72,7 @@ struct status_block {
     uint64_t foreign_pages;
     uint64_t lost_pages; /* asked for, failed for good, poisoned where touched */
     uint32_t text_seq;
-    uint32_t reserved;
+    uint32_t was_poisoned; /* some page was lost and poisoned once: marks may be left in helpers */
     char reason[256];
 };
 
@@ -105,7 +105,7 @@ struct status_header {
     uint64_t helpers_left;
     uint64_t fault_count;
     uint32_t text_seq;
-    uint32_t reserved;
+    uint32_t restarts; /* how often another process has gone on serving */
     char name[64];
     char socket_path[128];
     char reason[256];

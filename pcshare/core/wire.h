@@ -119,7 +119,8 @@ struct wire_attach {
     struct wire_map maps[16];
 };
 
-/* Somebody serves now. No fds. */
+/* Somebody serves now. No fds. To a helper that is attached: it is another one that serves now, who knows of its uffd
+ * and of no REQUEST; what has not been answered must be asked for again, with a new cookie. */
 struct wire_ack {
     struct wire_header header;
     uint32_t helper_index; /* in the status segment */

@@ -12,12 +12,13 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
 from pcshare.errors import NameInUse, PcshareError, UsageError
+from pcshare.fds import OwnedFd
 from pcshare.nbd.wire import DEFAULT_PORT
 from pcshare.runtime import SOCKET_PATH_BYTES_MAX
 
@@ -71,13 +72,16 @@ class Listening:
 
     addresses: as bound, in the form that parse_address reads."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, taken: Sequence[OwnedFd] = ()) -> None:
+        """taken: the sockets themselves, which listen there already."""
         self.sockets: list[socket.socket] = []
         self.addresses: list[str] = []
         self._path = ""
         self._inode: tuple[int, int] | None = None
         try:
-            if address.path:
+            if taken:
+                self._take(address, taken)
+            elif address.path:
                 self._listen_on_path(address.path)
             else:
                 self._listen_on_hosts(address)
@@ -95,7 +99,20 @@ class Listening:
             return [f"nbd+unix:///{name}?socket={quote(self._path)}"]
         return [f"nbd://{address}/{name}" for address in self.addresses]
 
+    def _take(self, address: Address, taken: Sequence[OwnedFd]) -> None:
+        self.sockets = [socket.socket(fileno=one.detach()) for one in taken]
+        if address.path:
+            self.addresses.append(os.path.abspath(address.path))
+            with contextlib.suppress(FileNotFoundError):  # somebody removed it: who is connected stays so
+                self._note_path(address.path)
+        else:
+            self.addresses = [host_port(*one.getsockname()[:2]) for one in self.sockets]
+
     # -- a path
+
+    def _note_path(self, path: str) -> None:
+        found = os.stat(path)
+        self._path, self._inode = os.path.abspath(path), (found.st_dev, found.st_ino)
 
     def _listen_on_path(self, path: str) -> None:
         _clear_stale(path)
@@ -103,8 +120,7 @@ class Listening:
         self.sockets.append(listener)
         os.fchmod(listener.fileno(), SOCKET_MODE)
         listener.bind(path)
-        found = os.stat(path)
-        self._path, self._inode = os.path.abspath(path), (found.st_dev, found.st_ino)
+        self._note_path(path)
         listener.listen(BACKLOG)
         self.addresses.append(self._path)
 
@@ -159,12 +175,12 @@ class Listening:
         self.close()
 
 
-def listen_on(texts: Iterable[str]) -> list[Listening]:
-    """On every address, or on none."""
+def listen_on(texts: Iterable[str], taken: Mapping[int, Sequence[OwnedFd]] | None = None) -> list[Listening]:
+    """On every address, or on none. taken: sockets that listen there already, by the address's place in texts."""
     listening: list[Listening] = []
     try:
-        for address in [parse_address(text) for text in texts]:
-            listening.append(Listening(address))
+        for number, address in enumerate([parse_address(text) for text in texts]):
+            listening.append(Listening(address, (taken or {}).get(number, ())))
     except BaseException:
         for one in listening:
             one.close()

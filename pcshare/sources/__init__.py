@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pcshare.errors import UsageError
+from pcshare.fds import OwnedFd
 from pcshare.sources.examine import SourceReport, examine_source
 from pcshare.sources.file import FileSource
 from pcshare.sources.filters import FilterSpec
@@ -16,7 +17,7 @@ from pcshare.sources.grammar import SourceSpec, parse_argument, parse_arguments,
 from pcshare.sources.link import SOURCE_TIMEOUT_S, LinkState
 from pcshare.sources.nbd import NbdSource
 from pcshare.sources.npy import ArrayDescription
-from pcshare.sources.opened import OpenedSource
+from pcshare.sources.opened import OpenedSource, SourceMemory
 from pcshare.sources.shown import shown
 from pcshare.sources.wakeup import StopFlag, Wakeup, signals_blocked
 from pcshare.sources.zero import ZeroSource
@@ -27,6 +28,7 @@ __all__ = [
     "FilterSpec",
     "LinkState",
     "OpenedSource",
+    "SourceMemory",
     "SourceReport",
     "SourceSpec",
     "StopFlag",
@@ -35,6 +37,7 @@ __all__ = [
     "open_source",
     "parse_argument",
     "parse_arguments",
+    "reopen_source",
     "shown",
     "signals_blocked",
 ]
@@ -55,3 +58,11 @@ def open_source(spec: SourceSpec, stop: StopFlag | None = None) -> OpenedSource:
     if spec.scheme not in _KINDS:
         raise unknown_scheme(spec.scheme, spec.text)
     return _KINDS[spec.scheme](spec)
+
+
+def reopen_source(spec: SourceSpec, memory: SourceMemory, kept: OwnedFd | None = None) -> OpenedSource:
+    """Opens what a coordinator before this one had open, and waits for nobody: a server may be away. kept: what its
+    kept_fd() was. SourceError: it is there and is not the same any more."""
+    if spec.equivalents:
+        return NbdSource(spec, memory=memory)
+    return FileSource(spec, memory, kept) if spec.scheme == "file" else open_source(spec)

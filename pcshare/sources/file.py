@@ -16,9 +16,10 @@ from typing import Any
 
 from pcshare.errors import SourceError
 from pcshare.extents import data_within, gathered
+from pcshare.fds import OwnedFd
 from pcshare.sources.grammar import SOURCE_LENGTH_MAX, SourceSpec
 from pcshare.sources.npy import NPY_HEAD_MAX, ArrayDescription, parse_npy
-from pcshare.sources.opened import OpenedSource
+from pcshare.sources.opened import OpenedSource, SourceMemory
 
 # A file with more data ranges than this is all fragments: the rest of it counts as data, which is slower and as right.
 EXTENTS_MAX = 1 << 18
@@ -46,9 +47,15 @@ _OPEN_HINTS = {
 class FileSource(OpenedSource):
     """A regular file, kept open from the beginning: what happens to its name afterwards does not matter."""
 
-    def __init__(self, spec: SourceSpec) -> None:
-        self._fd = open_regular(spec.target)
+    def __init__(self, spec: SourceSpec, memory: SourceMemory | None = None, kept: OwnedFd | None = None) -> None:
+        """memory: it was open before. kept: it still is; else its path must lead to the same file."""
+        self._fd = open_regular(spec.target) if kept is None else kept.detach()
         try:
+            if memory is not None:
+                super().__init__(spec, memory.used_length, memory.extents, memory.array)
+                if kept is None:
+                    self._check_same(memory)
+                return
             length = _checked_length(self._fd, spec.target)
             array = _read_array(self._fd, spec.target, length)
             super().__init__(spec, length, find_extents(self._fd, length), array)
@@ -58,6 +65,21 @@ class FileSource(OpenedSource):
         except BaseException:
             self.close()
             raise
+
+    def _check_same(self, memory: SourceMemory) -> None:
+        if self._details() != memory.details:
+            raise SourceError(
+                f"{self.spec.target}: is another file than before, or was written since",
+                errno=errno.ESTALE,
+                hint="a block's source must not change while it is served: put the old file back",
+            )
+
+    def _details(self) -> dict[str, Any]:
+        found = os.fstat(self._fd)
+        return {"device": found.st_dev, "inode": found.st_ino, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+    def kept_fd(self) -> int | None:
+        return self._fd
 
     def _new_channel(self) -> Any:
         if self._fd < 0:

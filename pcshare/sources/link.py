@@ -16,7 +16,7 @@ import math
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -144,6 +144,7 @@ class Link(Generic[Facts]):
         self._failure: BaseException | None = None
         self._facts: Facts | None = None
         self._first: _Line | None = None
+        self._is_known = False  # what learn() would find out: the first connection is one like those after a loss
         self._lock = threading.Lock()
         self._channel: Channel | None = None
         self._need = Need(0, 1, 1)
@@ -172,6 +173,18 @@ class Link(Generic[Facts]):
             raise self._failure
         assert self._facts is not None
         return self._facts
+
+    def take_up(self, object_states: Mapping[str, str]) -> None:
+        """Instead of open(), for a source of which all is known: serve() connects to it, as often as it takes."""
+        self._is_known = True
+        self._states.update(object_states)
+        with signals_blocked():
+            self._thread.start()
+
+    @property
+    def object_states(self) -> dict[str, str]:
+        """Of objects: in which state they were found, which they must keep."""
+        return dict(self._states)
 
     @property
     def server(self) -> str:
@@ -216,7 +229,8 @@ class Link(Generic[Facts]):
     def _run(self) -> None:
         try:
             with self._stop.calling(self._wakeup.set):
-                self._open()
+                if not self._is_known:
+                    self._open()
                 if self._failure is None:
                     self._serve()
         except BaseException as error:
@@ -263,6 +277,9 @@ class Link(Generic[Facts]):
                 continue
             if self._first is not None:
                 self._adopt_first(self._first)
+            elif self._is_known:
+                self._is_known = False
+                self._begin_away()
             self._hear()
             self._act()
 
@@ -354,6 +371,11 @@ class Link(Generic[Facts]):
         except PcshareError as error:
             line.end()
             self._lose(error.message)
+
+    def _begin_away(self) -> None:
+        now = time.monotonic()
+        self._lost_due, self._primary_due = now + self._lost_after_s, now
+        self._tell(LinkState(True, "it is connected to anew", self._server))
 
     def _adopt(self, line: _Line) -> None:
         self._primary = self._hand_over(line, demand=False)

@@ -18,7 +18,7 @@ from pcshare.sources.file import EXTENTS_MAX
 from pcshare.sources.grammar import SourceSpec, path_of_server
 from pcshare.sources.link import BLOCK_STATUS_TIMEOUT_S, REPLY_TIMEOUT_S, Link, LinkState, Need
 from pcshare.sources.npy import NPY_HEAD_MAX, ArrayDescription, parse_npy
-from pcshare.sources.opened import OpenedSource
+from pcshare.sources.opened import OpenedSource, SourceMemory
 from pcshare.sources.shown import shown
 from pcshare.sources.wakeup import StopFlag
 
@@ -44,18 +44,37 @@ class _Facts:
 class NbdSource(OpenedSource):
     """One block's servers, of which one is connected."""
 
-    def __init__(self, spec: SourceSpec, stop: StopFlag | None = None) -> None:
+    def __init__(self, spec: SourceSpec, stop: StopFlag | None = None, memory: SourceMemory | None = None) -> None:
+        """memory: it was open before, and is connected to when its channel is there."""
         self._reply_timeout_s = spec.filters.timeout_ms / 1000 or REPLY_TIMEOUT_S
         self._server_count = len(spec.equivalents)
         self._made = False
         self._link = Link(spec.equivalents, self._learn, self._reply_timeout_s)
         self._name = path_of_server(spec.equivalents[0])
         try:
-            self._facts = self._link.open(stop)
-            super().__init__(spec, self._facts.need.size, self._facts.extents, self._facts.array)
+            self._export: ServerExport | None = None  # as the first server told of it, to this process
+            if memory is not None:
+                self._take_up(spec, memory)
+                return
+            facts = self._link.open(stop)
+            self._export, self._need = facts.export, facts.need
+            super().__init__(spec, facts.need.size, facts.extents, facts.array)
         except BaseException:
             self._link.close()
             raise
+
+    def _take_up(self, spec: SourceSpec, memory: SourceMemory) -> None:
+        details = memory.details
+        self._need = Need(memory.used_length, details["alignment"], details["length_max"])
+        self._link.take_up(details["states"])
+        super().__init__(spec, memory.used_length, memory.extents, memory.array)
+
+    def _details(self) -> dict[str, Any]:
+        return {
+            "alignment": self._need.alignment,
+            "length_max": self._need.length_max,
+            "states": self._link.object_states,
+        }
 
     def _learn(self, session: Session) -> _Facts:
         export = session.export
@@ -72,7 +91,7 @@ class NbdSource(OpenedSource):
 
         channel = self._make()
         try:
-            self._link.serve(channel, self._facts.need)
+            self._link.serve(channel, self._need)
         except BaseException:
             free_channel(channel.pointer)
             raise
@@ -82,7 +101,7 @@ class NbdSource(OpenedSource):
     def _make(self) -> NbdChannel:
         from pcshare.page_channel import NbdChannel
 
-        need = self._facts.need
+        need = self._need
         return NbdChannel(
             size=need.size,
             alignment=need.alignment,
@@ -92,7 +111,9 @@ class NbdSource(OpenedSource):
         )
 
     def facts(self) -> dict[str, str | int | bool]:
-        export = self._facts.export
+        export = self._export
+        if export is None:
+            return {"server": self._link.server}
         return {
             "server": self._link.server,
             "description": export.description or "none",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from pcshare.sources.filters import wrap_channel
@@ -15,6 +16,25 @@ from pcshare.sources.npy import ArrayDescription
 
 if TYPE_CHECKING:
     from pcshare.sources.link import LinkState
+
+
+@dataclass(frozen=True)
+class SourceMemory:
+    """What a coordinator must know of a source that the one before it had opened: it may be away by now, and it must
+    still be the same. details are its kind's own; all of it goes through JSON."""
+
+    used_length: int
+    extents: list[tuple[int, int]]
+    array: ArrayDescription | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> SourceMemory:
+        array = told["array"] and ArrayDescription(**{**told["array"], "shape": tuple(told["array"]["shape"])})
+        return cls(told["used_length"], [(start, end) for start, end in told["extents"]], array, told["details"])
 
 
 class OpenedSource(ABC):
@@ -47,6 +67,17 @@ class OpenedSource(ABC):
     @abstractmethod
     def close(self) -> None:
         """Gives up what the source holds open. Channels that were made live on; twice is fine."""
+
+    def memory(self) -> SourceMemory:
+        """What reopen_source() needs."""
+        return SourceMemory(self.used_length, self.extents, self.array, self._details())
+
+    def _details(self) -> dict[str, Any]:
+        return {}
+
+    def kept_fd(self) -> int | None:
+        """What is open and must be the same the next time; None: nothing."""
+        return None
 
     def facts(self) -> dict[str, str | int | bool]:
         """What else there is to say of it, for people: what, and how it was found."""

@@ -19,11 +19,10 @@ from pcshare.errors import (
     NoSuchCoordinator,
     PcshareError,
 )
-from pcshare.fds import OwnedFd
 from pcshare.status.layout import (
     process_stat,
 )
-from pcshare.status.reader import open_segment, read_status
+from pcshare.status.reader import is_locked, open_segment, read_status
 from pcshare.status.report import StatusReport
 
 
@@ -40,15 +39,6 @@ class Leftovers:
         who = f"coordinator {self.name!r}" + (f" (pid {self.pid})" if self.pid else "")
         living = f"; {len(self.living_helpers)} of its helpers still live" if self.living_helpers else ""
         return f"{who} died and left {', '.join(map(str, self.paths))}{living}"
-
-
-def _is_locked(fd: OwnedFd) -> bool:
-    try:
-        fcntl.flock(fd.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    fcntl.flock(fd.fileno(), fcntl.LOCK_UN)
-    return False
 
 
 def _report_of_segment(name: str) -> StatusReport | None:
@@ -72,7 +62,7 @@ def in_use(name: str) -> bool:
     """Whether a coordinator of that name lives, also one that is stopped, or just starting."""
     try:
         with open_segment(name) as fd:
-            if _is_locked(fd):
+            if is_locked(fd):
                 return True
     except NoSuchCoordinator:
         pass

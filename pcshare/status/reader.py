@@ -6,6 +6,7 @@ It preads: reading a hole of shared memory through a mapping makes the page real
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from types import TracebackType
@@ -157,6 +158,8 @@ class StatusReader:
             name=self.name,
             pid=header.pid,
             keeper_pid=header.keeper_pid,
+            restarts=header.restarts,
+            restarting=not exists and is_locked(self._fd),
             alive=exists and runtime.is_listening(_text(header.socket_path)),
             stopped=exists and found is not None and found[0] in "Tt",
             state=summary_state(block.state for block in blocks),
@@ -220,6 +223,16 @@ def _helper_status(index: int, slot: Any, blocks: dict[int, str], coordinator_pi
         blocktime=_blocktime(slot.blocktime),
         exporter=parent_pid(slot.pid) == coordinator_pid,
     )
+
+
+def is_locked(fd: OwnedFd) -> bool:
+    """Whether somebody owns the segment: a coordinator, or who keeps its fds for the next one."""
+    try:
+        fcntl.flock(fd.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(fd.fileno(), fcntl.LOCK_UN)
+    return False
 
 
 def open_segment(name: str) -> OwnedFd:

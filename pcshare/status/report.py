@@ -97,11 +97,14 @@ class SourceStatus:
 class StatusReport:
     """What a status segment says, and what became of the process that writes it.
 
-    alive: that process exists (also stopped) and its socket listens."""
+    alive: that process exists (also stopped) and its socket listens. restarts: how often another process has gone on
+    where the one before it was killed, or replaced; restarting: none serves now, and the keeper is to start one."""
 
     name: str
     pid: int
     keeper_pid: int
+    restarts: int
+    restarting: bool
     alive: bool
     stopped: bool
     state: str

@@ -25,6 +25,7 @@ from pcshare.errors import (
     LimitReached,
     NameInUse,
     PcshareError,
+    VersionMismatch,
 )
 from pcshare.fds import OwnedFd
 from pcshare.status.layout import (
@@ -72,30 +73,52 @@ class SegmentWriter:
 
     shared: other users may read it. NameInUse if there is one of that name, of a living coordinator or a dead one."""
 
-    def __init__(self, name: str, socket_path: str | Path, *, shared: bool = False) -> None:
+    def __init__(
+        self, name: str, socket_path: str | Path, *, shared: bool = False, taken: OwnedFd | None = None
+    ) -> None:
+        """taken: the segment itself, of a coordinator that has died; what it says goes on."""
         self.name = runtime.check_name(name)
         self._bitmaps: dict[int, _Mapping] = {}
         self._tables: _Mapping | None = None
         self._n_blocks = 0  # slots ever given out
-        self._fd = OwnedFd(_create(name))
+        self._fd = OwnedFd(_create(name)) if taken is None else taken
         try:
-            self._lock_new()
-            os.fchmod(self._fd.fileno(), SEGMENT_MODE_SHARED if shared else SEGMENT_MODE)  # whatever the umask says
-            self._size = TABLES_BYTES
-            os.ftruncate(self._fd.fileno(), self._size)
-            self._reserve(0, HELPERS_OFFSET)
-            self._tables = _Mapping(self._fd.fileno(), self._size)
+            if taken is None:
+                self._lock_new()
+                os.fchmod(self._fd.fileno(), SEGMENT_MODE_SHARED if shared else SEGMENT_MODE)  # whatever the umask says
+                os.ftruncate(self._fd.fileno(), TABLES_BYTES)
+                self._reserve(0, HELPERS_OFFSET)
+            self._size = os.fstat(self._fd.fileno()).st_size
+            self._tables = _Mapping(self._fd.fileno(), TABLES_BYTES)
             self._readonly = OwnedFd(os.open(f"/proc/self/fd/{self._fd.fileno()}", os.O_RDONLY | os.O_CLOEXEC))
             self.header = self._tables.cast("struct status_header *")
+            if taken is not None:
+                self._check_taken()
+                self.header.restarts += 1
             self._fill_header(socket_path)
         except BaseException:
-            self.close(unlink=True)
+            self.close(unlink=taken is None)
             raise
+
+    def _check_taken(self) -> None:
+        found = (self.header.magic, self.header.version, self.header.size)
+        if found != (lib.STATUS_MAGIC, lib.STATUS_VERSION, TABLES_BYTES):
+            raise VersionMismatch(
+                f"the status of {self.name!r} has layout {self.header.version}, this pcshare writes "
+                f"{lib.STATUS_VERSION}",
+                errno=errno.EPROTONOSUPPORT,
+                hint=VersionMismatch.usual_hint,
+            )
 
     @property
     def fd(self) -> int:
         """Open for reading only: what helpers get."""
         return self._readonly.fileno()
+
+    @property
+    def own_fd(self) -> int:
+        """Open for writing, and locked: who has it owns the segment."""
+        return self._fd.fileno()
 
     def _lock_new(self) -> None:
         fcntl.flock(self._fd.fileno(), fcntl.LOCK_EX)  # waits at most for somebody who looks whether it is in use
@@ -163,6 +186,12 @@ class SegmentWriter:
         slot.state = lib.STATUS_HELPER_FREE
         ffi.memmove(slot, bytes(HELPER_BYTES), HELPER_BYTES)
 
+    def used_helper_slots(self) -> list[int]:
+        """Those that are not free. Read, not looked at in place: that would take memory for each."""
+        table = os.pread(self._fd.fileno(), HELPER_BYTES * lib.STATUS_HELPERS_MAX, HELPERS_OFFSET)
+        slots = ffi.from_buffer("struct status_helper[]", table)
+        return [index for index, slot in enumerate(slots) if slot.state != lib.STATUS_HELPER_FREE]
+
     def add_bitmap(self, page_count: int, data_extents: Iterable[tuple[int, int]]) -> BitmapRegion:
         """A zeroed received bitmap for page_count pages, of which data_extents (start, end; in pages) are not holes.
 
@@ -184,6 +213,14 @@ class SegmentWriter:
         except PcshareError:
             self.free_bitmap(offset)
             raise
+        return BitmapRegion(offset, mapping.cast("uint64_t *"))
+
+    def take_bitmap(self, offset: int, page_count: int) -> BitmapRegion:
+        """The received bitmap that lies there already."""
+        length = page_up(max(1, -(-page_count // 64) * 8))
+        if offset % mmap.PAGESIZE or offset < TABLES_BYTES or offset + length > self._size:
+            raise PcshareError(f"the status of {self.name!r} holds no bitmap at {offset}", errno=errno.EPROTO)
+        self._bitmaps[offset] = mapping = _Mapping(self._fd.fileno(), length, offset)
         return BitmapRegion(offset, mapping.cast("uint64_t *"))
 
     def free_bitmap(self, offset: int) -> None:

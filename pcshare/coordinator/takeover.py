@@ -1,0 +1,169 @@
+"""takeover: what a coordinator leaves to the one after it, beside its memory: a description of its blocks, and who is
+attached with which addresses.
+
+Written while nothing is wrong, in memfds that the store keeps; read once, at a start that finds them. Names of what is
+kept are here and nowhere else. Makes no block and registers nobody.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pcshare.errors import PcshareError, VersionMismatch
+from pcshare.fds import OwnedFd
+from pcshare.protocol import Map
+from pcshare.sources import SourceMemory
+from pcshare.store import Kept
+
+STATE_VERSION = 1  # of the description; a coordinator takes over from its own version and from older ones
+
+# What is kept under which name.
+LISTENER, SEGMENT, STATE, HELPER_TABLE, PARENT, KEEPER = "listener", "segment", "state", "helpers", "parent", "keeper"
+EVENTS, NEXT_COMMAND = "events", "next"  # the keeper writes the one and reads the other (core/keeper_store.h)
+SOURCE, EXPORT = "source.", "export."  # and the block's index, or the address's place
+READER, WRITER = "ro.", "rw."  # and the helper's slot: its control socket and its uffd
+
+_RECORD_HEAD = struct.Struct("<IIII")  # block index, n maps, pid, uid
+_MAP = struct.Struct("<QQQ")  # client_addr, offset, length
+_MAPS_MAX = 16  # WIRE_MAPS_MAX
+_RECORD_BYTES = _RECORD_HEAD.size + _MAPS_MAX * _MAP.size
+
+
+@dataclass(frozen=True)
+class KeptBlock:
+    """A block that is served. bitmap_offset: bytes in the status segment."""
+
+    index: int
+    idstr: str
+    keeper_block: int
+    page_size: int
+    writable: bool
+    bitmap_offset: int
+    source: SourceMemory
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """What a coordinator cannot find out by itself of the one before it."""
+
+    socket_path: str
+    features: int  # what helpers' uffds were opened with
+    blocks: tuple[KeptBlock, ...]
+
+    def to_memfd(self) -> OwnedFd:
+        told = {"version": STATE_VERSION, **asdict(self), "blocks": [asdict(block) for block in self.blocks]}
+        fd = OwnedFd(os.memfd_create("pcshare-state", os.MFD_CLOEXEC))
+        with open(fd.fileno(), "w", closefd=False) as file:
+            json.dump(told, file)
+        return fd
+
+    @classmethod
+    def from_memfd(cls, fd: OwnedFd) -> KeptState:
+        """VersionMismatch: a newer coordinator wrote it."""
+        told: dict[str, Any] = json.loads(_whole(fd))
+        if told["version"] > STATE_VERSION:
+            raise VersionMismatch(
+                f"the coordinator before this one described its state in version {told['version']}, this one reads up "
+                f"to {STATE_VERSION}",
+                errno=errno.EPROTONOSUPPORT,
+                hint=VersionMismatch.usual_hint,
+            )
+        blocks = (KeptBlock(**{**one, "source": SourceMemory.from_json(one["source"])}) for one in told["blocks"])
+        return cls(told["socket_path"], told["features"], tuple(blocks))
+
+
+def _whole(fd: OwnedFd) -> bytes:
+    content, size = b"", os.fstat(fd.fileno()).st_size
+    while len(content) < size and (piece := os.pread(fd.fileno(), size - len(content), len(content))):
+        content += piece
+    return content
+
+
+@dataclass(frozen=True)
+class KeptHelper:
+    """An attachment of the status segment's slot, with what was kept of it. fds: its control socket, its uffd."""
+
+    slot: int
+    block_index: int
+    pid: int
+    uid: int
+    maps: tuple[Map, ...]
+    may_write: bool
+    fds: tuple[OwnedFd, OwnedFd]
+
+
+class HelperTable:
+    """Who is attached, by slot: what the coordinator after this one must know to serve it."""
+
+    def __init__(self, taken: OwnedFd | None = None) -> None:
+        self._fd = taken or OwnedFd(os.memfd_create("pcshare-helpers", os.MFD_CLOEXEC))
+
+    def fileno(self) -> int:
+        return self._fd.fileno()
+
+    def write(self, slot: int, block_index: int, pid: int, uid: int, maps: Sequence[Map]) -> None:
+        record = _RECORD_HEAD.pack(block_index, len(maps), pid, uid)
+        record += b"".join(_MAP.pack(one.client_addr, one.offset, one.length) for one in maps)
+        os.pwrite(self._fd.fileno(), record, slot * _RECORD_BYTES)
+
+    def read(self, kept: Kept) -> Iterator[KeptHelper]:
+        """Everybody whose fds were kept; takes these out of kept."""
+        for name in [name for name in kept if name.startswith((READER, WRITER))]:
+            fds, slot = kept.pop(name), int(name.removeprefix(READER).removeprefix(WRITER))
+            if len(fds) == 2:
+                yield self._read_one(slot, name.startswith(WRITER), (fds[0], fds[1]))
+
+    def _read_one(self, slot: int, may_write: bool, fds: tuple[OwnedFd, OwnedFd]) -> KeptHelper:
+        record = os.pread(self._fd.fileno(), _RECORD_BYTES, slot * _RECORD_BYTES)
+        block_index, n_maps, pid, uid = _RECORD_HEAD.unpack_from(record)
+        places = range(_RECORD_HEAD.size, _RECORD_HEAD.size + n_maps * _MAP.size, _MAP.size)
+        maps = tuple(Map(*_MAP.unpack_from(record, place)) for place in places)
+        return KeptHelper(slot, block_index, pid, uid, maps, may_write, fds)
+
+    def close(self) -> None:
+        self._fd.close()
+
+
+def kept_name(slot: int, *, may_write: bool) -> str:
+    """Under which a helper's fds are kept."""
+    return f"{WRITER if may_write else READER}{slot}"
+
+
+class Predecessor:
+    """The coordinator that died, or made way, as far as it is known."""
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept = kept
+        self.state = KeptState.from_memfd(self.take(STATE))
+        self.helpers = HelperTable(self.take(HELPER_TABLE))
+
+    @classmethod
+    def found(cls, kept: Kept) -> Predecessor | None:
+        """None: there was none that served."""
+        return cls(kept) if STATE in kept else None
+
+    def take(self, name: str) -> OwnedFd:
+        """What is kept under the name, and is the caller's from now on."""
+        found = self.take_all(name)
+        if len(found) != 1:
+            raise PcshareError(
+                f"the coordinator before this one left {len(found)} fds named {name!r}, not one", errno=errno.EPROTO
+            )
+        return found[0]
+
+    def take_all(self, name: str) -> list[OwnedFd]:
+        return self._kept.pop(name, [])
+
+    def take_numbered(self, prefix: str) -> dict[int, list[OwnedFd]]:
+        """All whose names are this and a number, by number."""
+        names = [name for name in self._kept if name.startswith(prefix)]
+        return {int(name.removeprefix(prefix)): self._kept.pop(name) for name in names}
+
+    def kept_helpers(self) -> list[KeptHelper]:
+        return list(self.helpers.read(self._kept))
