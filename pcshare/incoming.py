@@ -120,6 +120,19 @@ class Incoming:
         check(rc, f"{where}: making room for it")
         return int(index[0])
 
+    def take_block(
+        self, idstr: str, *, used_length: int, page_size: int, received: Any, extents: Sequence[tuple[int, int]]
+    ) -> int:
+        """Its index: of a block past LISTEN, of a migration that another process took in. received: a uint64_t pointer,
+        one bit a host page; what is outside of extents came as zeros."""
+        index = ffi.new("uint32_t *")
+        rows = ffi.new("struct ramblock_extent[]", [{"start": start, "end": end} for start, end in extents])
+        rc = lib.incoming_take_block(
+            self.pointer, idstr.encode(), used_length, page_size, received, rows, len(rows), index
+        )
+        check(rc, f"taking over block {idstr} of a migration")
+        return int(index[0])
+
     def discard(self, idstr: str, start: int, length: int) -> None:
         """Forgets a range, bytes. MigrationError: not one of an announced block, or after LISTEN."""
         rc = lib.incoming_discard(self.pointer, idstr.encode(), start, length)

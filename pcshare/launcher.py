@@ -59,7 +59,8 @@ _links: weakref.WeakSet[_Link] = weakref.WeakSet()
 @dataclass(frozen=True)
 class Event:
     """What the coordinator tells: a notifier (PROBE, INBOUND_ADVISE, INBOUND_LISTEN, INBOUND_END), or "state"; or
-    "ended": its process is gone and nobody asked for that."""
+    "restarted": its process was killed, or replaced, and another one goes on; or "ended": it is gone for good, and
+    nobody asked for that."""
 
     name: str
     block: str | None = None
@@ -123,7 +124,8 @@ class Coordinator:
     blocks: {block: source}, or "BLOCK=SOURCE" or "SOURCE" texts as on the command line. stream: "eager", "lazy",
     "paused", or bytes a second such as "200M". page_size: "4K", "2M", or bytes. exports: addresses on which the blocks
     are given out over NBD, a path with a "/", HOST:PORT, or :PORT of this host alone; the attribute has them as bound.
-    on_event is called in a thread of its own; for PROBE a text it returns, or an exception, is a veto with that reason.
+    keeper: whether a coordinator that is killed is started again. on_event is called in a thread of its own; for PROBE
+    a text it returns, or an exception, is a veto with that reason.
     Errors: what the coordinator refused, as the class of pcshare.errors that fits.
     """
 
@@ -146,6 +148,7 @@ class Coordinator:
         allow_uid: Iterable[int] = (),
         allow_gid: Iterable[int] = (),
         exports: Iterable[str] | str = (),
+        keeper: bool = True,
     ) -> None:
         self.name = _unique_name() if name is None else runtime.check_name(name)
         self.pid: int | None = None
@@ -164,6 +167,8 @@ class Coordinator:
             *(f"--allow-gid={gid}" for gid in allow_gid),
             *(f"--export={address}" for address in _each(exports)),
         ]
+        if not keeper:
+            self._options.append("--no-keeper")
         if fault_threads is not None:
             self._options.append(f"--fault-threads={fault_threads}")
         if orphan_timeout_s is not None:
@@ -248,7 +253,7 @@ class Coordinator:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env=_environment(),
+                env={**os.environ, **environment_changes()},
                 start_new_session=True,
             )
         self._reader = threading.Thread(
@@ -306,7 +311,7 @@ class Coordinator:
 
         with contextlib.suppress(errors.PcshareError):
             report = status.read_status(self.name)  # NoSuchCoordinator, if it did its duty
-            if report.keeper_pid == process.pid:
+            if process.pid in (report.keeper_pid, report.pid):
                 _await_end(report.pid)
                 status.remove_leftovers(self.name)
 
@@ -326,8 +331,11 @@ class Coordinator:
     def _handle(self, link: _Link, message: Mapping[str, Any]) -> None:
         kind = str(message.get("event"))
         if kind == "ready":
+            is_first = self.pid is None
             self.pid, self.socket, self.exports = message["pid"], message["socket"], tuple(message["exports"])
             self._settle(None)
+            if not is_first:
+                self._notify(Event("restarted", reason=f"pid {self.pid} goes on"))
         elif kind == "failed":
             self._settle(errors.from_json(message))
         else:
@@ -395,14 +403,13 @@ def _source_arguments(blocks: Mapping[str, str] | Sequence[str] | str) -> list[s
     return arguments
 
 
-def _environment() -> dict[str, str]:
-    """The process must find this very package, also where it is used from a source tree; -P keeps the working
+def environment_changes() -> dict[str, str]:
+    """So that a process finds this very package, also where it is used from a source tree; -P keeps the working
     directory, in which anything may lie, out of its search path."""
-    environment = dict(os.environ)
     root = str(Path(__file__).resolve().parent.parent)
-    if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-    return environment
+    if root in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
 
 
 def _event(kind: str, message: Mapping[str, Any]) -> Event:

@@ -133,7 +133,15 @@ class Admin:
     argument: int
 
 
-Message = Hello | Welcome | Attach | Ack | Request | Done | End | Leave | Bye | ErrorMessage | Admin
+@dataclass(frozen=True)
+class Replace:
+    """program: the words that start the other one; options: what it is told beside this one's own options."""
+
+    program: tuple[str, ...]
+    options: tuple[str, ...]
+
+
+Message = Hello | Welcome | Attach | Ack | Request | Done | End | Leave | Bye | ErrorMessage | Admin | Replace
 
 
 def _text(field: Any, what: str) -> str:
@@ -189,6 +197,17 @@ def _parse_error(m: Any) -> ErrorMessage:
     return ErrorMessage(m.error, _text(m.text, "an error's text"), m.version_max)
 
 
+def _parse_replace(m: Any) -> Replace:
+    words = bytes(ffi.buffer(m.words)).split(b"\0")
+    if not 1 <= m.n_program <= m.n_words < len(words):
+        raise RemoteProtocolError(f"REPLACE with {m.n_program} of {m.n_words} words", errno=errno.EPROTO)
+    try:
+        texts = tuple(word.decode() for word in words[: m.n_words])
+    except UnicodeDecodeError:
+        raise RemoteProtocolError("a word of a command is no UTF-8", errno=errno.EPROTO) from None
+    return Replace(texts[: m.n_program], texts[m.n_program :])
+
+
 @dataclass(frozen=True)
 class Row:
     """One message: how many fds travel beside it, who sends it, and what it is here."""
@@ -200,7 +219,7 @@ class Row:
     parse: Callable[[Any], Message]
 
 
-_HELPER, _COORDINATOR, _EITHER = "helper", "coordinator", "either"
+_HELPER, _COORDINATOR, _EITHER, _OPERATOR = "helper", "coordinator", "either", "operator"
 
 MESSAGES: dict[int, Row] = {
     lib.WIRE_HELLO: Row("HELLO", "struct wire_hello", (0, 0), _HELPER, _parse_hello),
@@ -216,8 +235,9 @@ MESSAGES: dict[int, Row] = {
     lib.WIRE_BYE: Row("BYE", "struct wire_plain", (0, 0), _COORDINATOR, lambda m: Bye()),
     lib.WIRE_ERROR: Row("ERROR", "struct wire_error", (0, 0), _EITHER, _parse_error),
     lib.WIRE_ADMIN: Row(
-        "ADMIN", "struct wire_admin", (0, 0), "operator", lambda m: Admin(_member(AdminOp, m.op), m.argument)
+        "ADMIN", "struct wire_admin", (0, 0), _OPERATOR, lambda m: Admin(_member(AdminOp, m.op), m.argument)
     ),
+    lib.WIRE_REPLACE: Row("REPLACE", "struct wire_replace", (0, 0), _OPERATOR, _parse_replace),
 }
 
 LENGTH_MAX = max(ffi.sizeof(row.ctype) for row in MESSAGES.values())
@@ -343,3 +363,13 @@ def pack_error(error: int, text: str) -> bytes:
 
 def pack_admin(op: AdminOp, argument: int = 0) -> bytes:
     return _pack(lib.WIRE_ADMIN, op=op, argument=argument)
+
+
+def pack_replace(program: Sequence[str], options: Sequence[str]) -> bytes:
+    """LocalProtocolError: the words are too many, or one holds a NUL."""
+    words = [*program, *options]
+    if any("\0" in word for word in words):
+        raise LocalProtocolError("a word of a command holds a NUL")
+    joined = "".join(f"{word}\0" for word in words)
+    whole = _fit(joined, lib.WIRE_WORDS_MAX, "a command")
+    return _pack(lib.WIRE_REPLACE, n_program=len(program), n_words=len(words), words=whole)

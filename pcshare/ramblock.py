@@ -24,6 +24,9 @@ class CoreExtents:
     pointer: Any
     count: int
 
+    def ranges(self) -> list[tuple[int, int]]:
+        return [(self.pointer[i].start, self.pointer[i].end) for i in range(self.count)]
+
 
 def _core_extents(extents: Sequence[tuple[int, int]] | CoreExtents) -> CoreExtents:
     if isinstance(extents, CoreExtents):

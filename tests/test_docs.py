@@ -229,7 +229,7 @@ def test_every_struct_that_another_process_reads_has_a_layout_table() -> None:
     told = {struct for struct, _ in struct_tables()}
     built = {row.ctype for row in protocol.MESSAGES.values()} | {"struct wire_header", "struct wire_map"}
     built |= {f"struct status_{name}" for name in ("header", "block", "helper", "histogram")}
-    assert told == built | {"struct keeper_request", "struct keeper_answer"}
+    assert told == built | {f"struct keeper_{name}" for name in ("request", "answer", "event")}
 
 
 def test_diagram_of_states_is_the_table() -> None:

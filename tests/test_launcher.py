@@ -254,9 +254,9 @@ def test_probe_without_an_answer_is_given_up_after_the_notifiers_time(source: Pa
 
     def hang(event: Event) -> None:
         if event.name == "PROBE":
+            threading.Timer(1.0, release.set).start()  # this callback must return for its thread to end
             release.wait(TIMEOUT_S)
 
-    threading.Timer(1.0, release.set).start()  # the creator's own callback must return for its thread to end
     with pytest.raises(errors.PcshareError, match="PROBE"):
         pcshare.Coordinator(blocks=str(source), on_event=hang, notifier_timeout_s=0.2).start()
 
@@ -270,12 +270,36 @@ def test_death_of_the_coordinator_is_told_and_cleared_away(source: Path) -> None
             reasons.append(event.reason)
             ended.set()
 
-    with pcshare.Coordinator(blocks=str(source), stream="lazy", on_event=listen) as coordinator:
+    with pcshare.Coordinator(blocks=str(source), stream="lazy", on_event=listen, keeper=False) as coordinator:
         assert coordinator.pid is not None
         os.kill(coordinator.pid, signal.SIGKILL)
         assert ended.wait(TIMEOUT_S)
         assert not coordinator.status().alive
     assert reasons == ["killed by SIGKILL"]
+    assert is_gone(coordinator.name)
+
+
+def test_coordinator_that_goes_on_in_another_process_is_told(source: Path) -> None:
+    """P5."""
+    went_on = threading.Event()
+    names: list[str] = []
+
+    def listen(event: Event) -> None:
+        names.append(event.name)
+        if event.name == "restarted":
+            went_on.set()
+
+    with pcshare.Coordinator(blocks={"data": str(source)}, stream="lazy", on_event=listen) as coordinator:
+        before = coordinator.pid
+        assert before is not None
+        with coordinator.attach("data") as block:
+            os.kill(before, signal.SIGKILL)
+            assert went_on.wait(TIMEOUT_S)
+            assert coordinator.pid not in (None, before)
+            assert bytes(memoryview(block)) == source.read_bytes()
+        assert coordinator.status().restarts == 1
+    assert names.count("PROBE") == 1
+    assert "ended" not in names
     assert is_gone(coordinator.name)
 
 

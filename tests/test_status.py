@@ -142,7 +142,7 @@ def test_report_has_the_fields_that_are_promised(writer: status.SegmentWriter) -
             "waiting": 2,
             "demand_pages": 0,
             "blocktime_us": {"p50": 96.0, "p99": 100, "max": 100},
-                "exporter": False,
+            "exporter": False,
         }
     ]
     assert report.blocks[0].fraction == 0.3

@@ -48,8 +48,8 @@ REPORT = StatusReport(
     name="weights",
     pid=99,
     restarts=0,
-        restarting=False,
-        keeper_pid=98,
+    restarting=False,
+    keeper_pid=98,
     alive=True,
     stopped=False,
     state="RUNNING",
@@ -82,9 +82,7 @@ def test_every_received_page_is_counted_in_its_cell(page_count: int, cells: int)
     pages = [page for page in range(page_count) if page % 3 == 0]
     bounds = [page_count * i // cells for i in range(cells + 1)]
     counted = count_received(bitmap(*pages, page_count=page_count), page_count, cells)
-    assert counted == [
-        sum(low <= page < high for page in pages) for low, high in itertools.pairwise(bounds)
-    ]
+    assert counted == [sum(low <= page < high for page in pages) for low, high in itertools.pairwise(bounds)]
 
 
 def test_first_look_says_received_and_later_ones_how_pages_came() -> None:
@@ -134,9 +132,7 @@ def test_small_block_has_no_more_cells_than_pages() -> None:
 def test_picture_without_colours_tells_kinds_by_letters() -> None:
     view = ProgressView(8)
     view.update(REPORT, lambda block: bitmap())
-    view.update(
-        replace(REPORT, blocks=(replace(BLOCK, demand_pages=3),)), lambda block: bitmap(0, *range(56, 64))
-    )
+    view.update(replace(REPORT, blocks=(replace(BLOCK, demand_pages=3),)), lambda block: bitmap(0, *range(56, 64)))
     text = drawn(view)
     assert "D......s" in text
     assert "50 %" in text

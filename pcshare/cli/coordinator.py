@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
+import secrets
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,11 +31,13 @@ if TYPE_CHECKING:
     from pcshare.store import Kept
 
 PR_SET_DUMPABLE = 4
+REPLACE_TIMEOUT_S = 30.0  # from the order to the first served helper: a start takes some tenths of a second
+REPLACE_LOOK_S = 0.02
 DEBUG_VARIABLE = "PCSHARE_DEBUG"
 
 
 @click.command()
-@click.argument("sources", metavar="[BLOCK=]SOURCE...", nargs=-1, required=True)
+@click.argument("sources", metavar="[BLOCK=]SOURCE...", nargs=-1)
 @click.option("--name", required=True, type=options.NAME, help="What helpers attach to.")
 @options.coordinator_options
 @click.option(
@@ -43,7 +49,10 @@ DEBUG_VARIABLE = "PCSHARE_DEBUG"
     help="How many attachments at once.",
 )
 @click.option(
-    "--replace", is_flag=True, help="Clear what a dead coordinator of that name left, although helpers of it live."
+    "--replace",
+    is_flag=True,
+    help="Take the place of a living coordinator of that name, which no helper notices; name no SOURCE then. Of a dead "
+    "one: clear what it left, although helpers of it live.",
 )
 @click.option(
     "--export",
@@ -66,6 +75,7 @@ DEBUG_VARIABLE = "PCSHARE_DEBUG"
     "outlive us if it names a NOTIFY_SOCKET with an fd store.",
 )
 @click.option("--parent-fd", type=int, hidden=True)
+@click.option("--successor", hidden=True, help="Tells the one that took the place from others.")
 @options.json_option
 def command(**given: Any) -> int:
     """Serve blocks until told to stop.
@@ -79,12 +89,18 @@ def command(**given: Any) -> int:
       pcshare coordinator --name job --stream lazy index=big.idx scratch=zero:1G
       pcshare coordinator --name demo 'slow=big.bin#delay=2ms&rate=200M'
       pcshare coordinator --name vm qemu+unix:/run/vm.sock
+      pcshare coordinator --name weights --replace     # after an upgrade of pcshare
 
     With --json one JSON object is printed when the coordinator is ready.
     """
     from pcshare import keeper
 
+    given.pop("successor")
     socket_fd = keeper.inherited_socket()
+    if socket_fd is None and given["replace"] and not given["sources"]:
+        return _take_place(given["name"], given["as_json"])
+    if not given["sources"]:
+        raise click.UsageError("Missing argument '[BLOCK=]SOURCE...'.")
     kept = _kept() if socket_fd is not None or given["no_keeper"] else {}
     parent = _link(given.pop("parent_fd"), kept, given["notifier_timeout"])
     try:
@@ -147,7 +163,62 @@ def _ended(server: Server) -> Iterator[None]:
             os._exit(errors.exit_code(error))
         server.close()
         raise
+    if server.makes_way:
+        server.leave()
+        os._exit(errors.EXIT_DONE)
     server.close()
+
+
+def _take_place(name: str, as_json: bool) -> int:
+    """Has a living coordinator make way for this program, with the options of this command line, and waits for that."""
+    from pcshare import admin, status
+
+    token = secrets.token_hex(8)
+    before = status.read_status(name)
+    if not before.alive:
+        raise errors.NoSuchCoordinator(
+            f"coordinator {name!r} (pid {before.pid}) is dead: nothing goes on there",
+            hint="name the sources, to start anew under that name",
+        )
+    admin.replace(before.socket, _program(), [*_own_options(), f"--successor={token}"])
+    now = _await_successor(name, before.pid, token)
+    if as_json:
+        options.print_json({"event": "replaced", "name": name, "pid": now, "pid_before": before.pid})
+    else:
+        click.echo(f"pcshare: coordinator {name!r} is pid {now} now; it was {before.pid}", err=True)
+    return errors.EXIT_DONE
+
+
+def _program() -> list[str]:
+    """What starts this very pcshare, up to its command."""
+    from pcshare.launcher import environment_changes
+
+    changes = [f"{variable}={value}" for variable, value in environment_changes().items()]
+    return [*(["/usr/bin/env", *changes] if changes else []), sys.executable, "-P", "-m", "pcshare"]
+
+
+def _own_options() -> list[str]:
+    return sys.argv[sys.argv.index("coordinator") + 1 :]
+
+
+def _await_successor(name: str, pid_before: int, token: str) -> int:
+    """The pid of the one that serves in the place of the other."""
+    from pcshare import status
+
+    deadline_s = time.monotonic() + REPLACE_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        report = status.read_status(name)
+        if report.pid != pid_before and report.alive:
+            if token.encode() in Path(f"/proc/{report.pid}/cmdline").read_bytes():
+                return report.pid
+            raise errors.PcshareError(
+                f"the new coordinator {name!r} did not come to serve; the old program (pid {report.pid}) goes on",
+                hint="what it wrote to the stderr of the old one says why",
+            )
+        time.sleep(REPLACE_LOOK_S)
+    raise errors.AttachTimeout(
+        f"coordinator {name!r} was not replaced within {REPLACE_TIMEOUT_S:g} s", errno=errno.ETIMEDOUT
+    )
 
 
 def _options(given: dict[str, Any]) -> Options:

@@ -50,6 +50,12 @@ def trouble_of(report: StatusReport) -> errors.PcshareError | None:
     """Why this coordinator does not serve; None if it does."""
     if report.alive:
         return None
+    if report.restarting:
+        return errors.CoordinatorGone(
+            f"coordinator {report.name!r} (pid {report.pid}) was killed, and its keeper (pid {report.keeper_pid}) "
+            "starts it again; faults wait meanwhile",
+            hint="if it stays so: what the keeper writes to its stderr says why",
+        )
     return errors.CoordinatorGone(
         f"coordinator {report.name!r} (pid {report.pid}) is dead and left its status behind",
         hint="the next start under that name clears it away: pcshare coordinator --name NAME --replace ...",

@@ -15,7 +15,7 @@ import selectors
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 
 from pcshare.fds import OwnedFd
@@ -64,21 +64,29 @@ class Arrival:
 
 
 class Arrivals:
-    """Listens at once. judge: says what becomes of a connection of that kind, and takes it where it says TAKE. is_idle:
-    no connection is read, so that a silent one belongs to nobody."""
+    """Listens at once; taken: on sockets that do so already. judge: says what becomes of a connection of that kind, and
+    takes it where it says TAKE. is_idle: no connection is read, so that a silent one belongs to nobody."""
 
     def __init__(
-        self, place: str, judge: Callable[[Arrival, ConnectionKind], Verdict], is_idle: Callable[[], bool]
+        self,
+        place: str,
+        judge: Callable[[Arrival, ConnectionKind], Verdict],
+        is_idle: Callable[[], bool],
+        taken: Sequence[OwnedFd] = (),
     ) -> None:
         self._judge = judge
         self._is_idle = is_idle
-        self._listening = Listening(parse_address(place))
+        self._listening = Listening(parse_address(place), taken)
         self._selector = selectors.EpollSelector()
         self._waiting: list[Arrival] = []
         self._numbers = itertools.count()
         for listener in self._listening.sockets:
             listener.setblocking(False)
             self._selector.register(listener, selectors.EVENT_READ, None)
+
+    @property
+    def sockets(self) -> list[socket.socket]:
+        return self._listening.sockets
 
     @property
     def addresses(self) -> list[str]:

@@ -5,6 +5,7 @@ States, reasons and what is said about them; placing and asking are the core's. 
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
@@ -25,7 +26,7 @@ from pcshare.fds import OwnedFd
 from pcshare.keeper import Keeper
 from pcshare.notifier import Change, NotifierChain
 from pcshare.ramblock import CoreExtents, DeferredMemory, KeptMemory, RAMBlock
-from pcshare.sources import LinkState, OpenedSource, reopen_source, shown
+from pcshare.sources import CompleteSource, LinkState, OpenedSource, reopen_source, shown
 from pcshare.state import State, StateCell
 from pcshare.status import BitmapRegion, SegmentWriter
 from pcshare.units import format_bytes
@@ -41,6 +42,7 @@ class Block:
 
     def __init__(self, source: OpenedSource, index: int, region: BitmapRegion) -> None:
         self.source = source
+        self.memory = source.memory()  # while it is open
         self.index = index
         self.region = region  # the received bitmap
         self._ram: RAMBlock | None = None
@@ -148,15 +150,23 @@ class Blocks:
     def reopen_source(self, kept: KeptBlock, fd: OwnedFd | None) -> OpenedSource:
         """The source that a block had; a server of it may be away. UsageError: the options name none for it."""
         for spec in self._options.sources:
+            if spec.block == kept.idstr and self._segment.block_slot(kept.index).state == State.END:
+                return CompleteSource(spec, kept.source)
             if spec.block == kept.idstr:
                 return reopen_source(spec, kept.source, fd)
         raise UsageError(f"block {kept.idstr} is served, and no source is named for it")
 
-    def take_over(self, kept: KeptBlock, source: OpenedSource, keeper: Keeper, fault_threads: FaultThreads) -> None:
+    def region_of(self, kept: KeptBlock) -> BitmapRegion:
+        """The received bitmap of a block that is taken over."""
+        return self._segment.take_bitmap(kept.bitmap_offset, -(-kept.source.used_length // kept.page_size))
+
+    def take_over(
+        self, kept: KeptBlock, source: OpenedSource, region: BitmapRegion, keeper: Keeper, fault_threads: FaultThreads
+    ) -> Block:
         """Serves a block where the coordinator before this one stopped. Its helpers know it already, so nothing that
         they see goes back."""
-        region = self._segment.take_bitmap(kept.bitmap_offset, -(-source.used_length // kept.page_size))
         block = self._by_index[kept.index] = Block(source, kept.index, region)
+        block.memory = kept.source
         ram = self._make_ram(block, keeper, kept.page_size, source.extents, KeptMemory(kept.keeper_block))
         block.cell = StateCell(State.LISTENING)
         patience_s = self._options.source_timeout_s if self._options.poison else None
@@ -164,6 +174,13 @@ class Blocks:
         fault_threads.add_block(ram, source.make_channel(), poison=self._options.poison)
         block.is_served = True
         self._change(block, State.RUNNING)
+        return block
+
+    def drop_unclaimed(self) -> None:
+        """What the coordinator before this one announced and never handed out."""
+        for index in self._segment.used_block_slots():
+            if index not in self._by_index:
+                self._segment.clear_block(index)
 
     def describe(self) -> tuple[KeptBlock, ...]:
         """For the coordinator after this one."""
@@ -175,7 +192,7 @@ class Blocks:
                 page_size=block.ram.page_size,
                 writable=block.ram.writable,
                 bitmap_offset=block.region.offset,
-                source=block.source.memory(),
+                source=block.memory,
             )
             for block in self
         )
@@ -266,6 +283,7 @@ class Blocks:
         """Serves a block that was announced. memory is consumed; block.region holds what of it is received, and what
         lies outside of extents is zeros."""
         self._change(block, State.DISCARD)
+        block.memory = dataclasses.replace(block.memory, extents=extents.ranges())
         ram = self._make_ram(block, keeper, page_size, extents, memory)
         try:
             channel = block.source.make_channel()

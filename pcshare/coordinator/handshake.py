@@ -1,7 +1,7 @@
 """handshake: one connection from its first message until it is attached, has given its order, or is refused.
 
-HELLO, WELCOME, ATTACH, ACK; or ADMIN and its answer. Every refusal says why before it hangs up, and disturbs nobody
-else.
+HELLO, WELCOME, ATTACH, ACK; or an operator's order and its answer. Every refusal says why before it hangs up, and
+disturbs nobody else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pcshare.coordinator.helpers import Helpers
 from pcshare.coordinator.options import Options
 from pcshare.errors import AccessRefused, NotWritable, PcshareError, RemoteProtocolError, VersionMismatch
 from pcshare.fds import OwnedFd, close_aside
-from pcshare.protocol import Admin, Attach, Hello, Message, Mode, Welcome, WelcomeFlag
+from pcshare.protocol import Admin, Attach, Hello, Message, Mode, Replace, Welcome, WelcomeFlag
 from pcshare.state import State
 from pcshare.transport import Connection
 
@@ -37,7 +37,7 @@ class Handshake:
         features: int,
         device: OwnedFd | None,
         status_fd: int,
-        operator: Callable[[Admin], None],
+        operator: Callable[[Admin | Replace], None],
     ) -> None:
         self.connection = connection
         self.deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
@@ -90,7 +90,7 @@ class Handshake:
             return self._welcome(message)
         if isinstance(message, Attach) and self._block is not None:
             return self._attach(self._block, message, fds[0])
-        if isinstance(message, Admin) and self._block is None:
+        if isinstance(message, Admin | Replace) and self._block is None:
             return self._order(message)
         raise RemoteProtocolError(f"{type(message).__name__} out of turn", errno=errno.EPROTO)
 
@@ -165,7 +165,7 @@ class Handshake:
         self._helpers.tell(helper, protocol.pack_ack(helper.slot))
         return False
 
-    def _order(self, order: Admin) -> bool:
+    def _order(self, order: Admin | Replace) -> bool:
         if self.connection.credentials().uid not in (os.geteuid(), 0):
             raise AccessRefused("only the user who started a coordinator may give it orders", errno=errno.EACCES)
         self._operator(order)

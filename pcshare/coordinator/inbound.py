@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pcshare.coordinator.blocks import Block, Blocks, warn_if_larger_than_memory
 from pcshare.coordinator.pushed import PushedSource
 from pcshare.coordinator.reception import RamSection
+from pcshare.coordinator.takeover import KeptBlock
 from pcshare.errors import HostError, LimitReached, MigrationError
 from pcshare.fault_thread import FaultThreads
 from pcshare.incoming import Incoming
@@ -31,7 +34,7 @@ class _Announced:
     block: Block
     number: int  # the core's
     page_size: int
-    memory: DeferredMemory
+    memory: DeferredMemory | None  # None: it was taken over, and is served
 
 
 class Inbound:
@@ -89,6 +92,34 @@ class Inbound:
                     f"the source has ended, and of block {one.block.idstr} {pages - received} pages never came"
                 )
 
+    # -- after another coordinator's LISTEN
+
+    def take_over(self, kept: Sequence[KeptBlock], ram_section_id: int) -> None:
+        """Serves the blocks of a migration that a coordinator before this one took in; its source is away."""
+        self.ram_section.section_id = ram_section_id
+        for number, one in enumerate(kept):
+            self._take_one(number, one)
+
+    def _take_one(self, number: int, kept: KeptBlock) -> None:
+        memory = kept.source
+
+        def take_channel() -> Any:
+            return self.core.page_channel(number)
+
+        source = PushedSource(self._spec, kept.idstr, memory.used_length, take_channel, memory.extents)
+        region = self._blocks.region_of(kept)
+        found = self.core.take_block(
+            kept.idstr,
+            used_length=memory.used_length,
+            page_size=kept.page_size,
+            received=region.address,
+            extents=memory.extents,
+        )
+        assert found == number
+        block = self._blocks.take_over(kept, source, region, self._keeper, self._fault_threads)
+        self.core.listen_block(number, self._fault_threads, block.index)
+        self._announced.append(_Announced(block, number, kept.page_size, None))
+
     # -- LISTEN
 
     def listen(self) -> None:
@@ -96,6 +127,7 @@ class Inbound:
         for one in self._announced:
             unmapped = self.core.unmap_block(one.number, one.block.region.address)
             extents = CoreExtents(unmapped.extents, unmapped.n_extents)
+            assert one.memory is not None
             self._blocks.listen(one.block, self._keeper, one.memory, one.page_size, self._fault_threads, extents)
             self.core.listen_block(one.number, self._fault_threads, one.block.index)
 
@@ -110,7 +142,8 @@ class Inbound:
         """Nothing more comes. What was not handed out is forgotten. Streams are closed before."""
         self.core.close()
         for one in self._announced:
-            one.memory.free()
+            if one.memory is not None:
+                one.memory.free()
         self._announced.clear()
 
 

@@ -11,9 +11,10 @@ import contextlib
 import errno
 import logging
 import select
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 from pcshare.coordinator.arrivals import Arrival, Arrivals, Verdict
@@ -23,8 +24,10 @@ from pcshare.coordinator.device_state import DeviceStateFile
 from pcshare.coordinator.inbound import Inbound
 from pcshare.coordinator.options import STREAM_EAGER, Options
 from pcshare.coordinator.reception import FAILED, TARGET_PAGE_SIZE, Reception, SourceIncomplete, send_message
+from pcshare.coordinator.takeover import KeptBlock
 from pcshare.errors import MigrationError, PcshareError, UsageError
 from pcshare.fault_thread import FaultThreads
+from pcshare.fds import OwnedFd
 from pcshare.incoming import IncomingStream
 from pcshare.keeper import Keeper
 from pcshare.migration.return_path import shut
@@ -118,7 +121,9 @@ class IncomingMigration:
         keeper: Keeper,
         fault_threads: FaultThreads,
         on_served: Callable[[], None],
+        taken: Sequence[OwnedFd] = (),
     ) -> None:
+        """taken: sockets that listen already."""
         self._spec = incoming_source(options)
         self._options = options
         self._blocks = blocks
@@ -141,7 +146,7 @@ class IncomingMigration:
         self._progress_at_s: float | None = None
         self._complete = threading.Event()  # every block is, or the end has come
         self.calls = Calls()
-        self._arrivals = Arrivals(self._spec.target, self._judge, self._is_idle)
+        self._arrivals = Arrivals(self._spec.target, self._judge, self._is_idle, taken)
         self._epoll = select.epoll()
         for one in (self.calls, self._arrivals):
             self._epoll.register(one.fileno(), select.EPOLLIN)
@@ -152,6 +157,28 @@ class IncomingMigration:
         """Where a source is to go, as bound."""
         prefix = "qemu+unix:" if self._spec.scheme == "qemu+unix" else "qemu+tcp://"
         return [f"{prefix}{address}" for address in self._arrivals.addresses]
+
+    @property
+    def sockets(self) -> list[socket.socket]:
+        return self._arrivals.sockets
+
+    @property
+    def ram_section_id(self) -> int | None:
+        """Of a migration that has come to LISTEN and is not over."""
+        handed_out = self._phase in (Phase.POSTCOPY, Phase.PAUSED, Phase.RECOVERING)
+        return self._inbound.ram_section.section_id if handed_out and self._inbound is not None else None
+
+    def take_over(self, kept: Sequence[KeptBlock], ram_section_id: int | None) -> None:
+        """Goes on where a coordinator before this one was: the source must take up again what it has not sent. None: it
+        was over."""
+        self._inbound = Inbound(self._spec, self._blocks, self._keeper, self._fault_threads)
+        self._inbound.take_over(kept, ram_section_id or 0)
+        if ram_section_id is None:
+            self._end()
+            return
+        self._away_since_s = time.monotonic()
+        self._enter(Phase.PAUSED)
+        self._report_link("its connection ended with the coordinator before this one", is_away=True)
 
     @property
     def is_over(self) -> bool:

@@ -15,8 +15,18 @@ from pcshare.sources import OpenedSource, SourceSpec
 class PushedSource(OpenedSource):
     """One block of the stream that spec names. take_channel: gives its page channel, once."""
 
-    def __init__(self, spec: SourceSpec, idstr: str, used_length: int, take_channel: Callable[[], Any]) -> None:
-        super().__init__(dataclasses.replace(spec, block=idstr), used_length, [(0, used_length)])
+    def __init__(
+        self,
+        spec: SourceSpec,
+        idstr: str,
+        used_length: int,
+        take_channel: Callable[[], Any],
+        extents: list[tuple[int, int]] | None = None,
+    ) -> None:
+        """extents: what is no hole, where that is known: after LISTEN."""
+        super().__init__(
+            dataclasses.replace(spec, block=idstr), used_length, [(0, used_length)] if extents is None else extents
+        )
         self._take_channel = take_channel
 
     def _new_channel(self) -> Any:

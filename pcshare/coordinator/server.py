@@ -14,6 +14,7 @@ import os
 import resource
 import selectors
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -30,8 +31,10 @@ from pcshare.coordinator.parent import ParentLink
 from pcshare.coordinator.takeover import (
     EXPORT,
     HELPER_TABLE,
+    INCOMING,
     KEEPER,
     LISTENER,
+    NEXT_COMMAND,
     PARENT,
     SEGMENT,
     SOURCE,
@@ -45,7 +48,7 @@ from pcshare.fault_thread import EventKind, FaultThreads, default_cpus
 from pcshare.fds import OwnedFd
 from pcshare.keeper import Keeper
 from pcshare.notifier import Change, NotifierChain
-from pcshare.protocol import Admin, AdminOp
+from pcshare.protocol import Admin, AdminOp, Replace
 from pcshare.state import State
 from pcshare.store import FdStore
 from pcshare.trace import TraceFile
@@ -97,6 +100,7 @@ class Server:
         self._stop_reason: PcshareError | None = None
         self._stopping = False
         self._has_served = False
+        self.makes_way = False  # another program goes on from here
         self._handshakes: dict[int, Handshake] = {}
         self._accepting = False
         self._accept_again = 0.0  # not before that time
@@ -154,7 +158,7 @@ class Server:
         if options.exports:
             self._closing.callback(self.exports.close)  # before the helpers, of which the exporter is one
             self._watch(self.exports, self.exports.handle)
-        if self.incoming is None:
+        if self.incoming is None or any(self.blocks):
             self._blocks_are_served()
         self._tell_ready(path)
 
@@ -211,12 +215,8 @@ class Server:
         self._closing.callback(self.helpers.close)
 
     def _make_blocks(self) -> None:
-        options = self.options
-        if options.takes_migration:
-            self.incoming = IncomingMigration(
-                options, self.blocks, self._segment, self._keeper, self.fault_threads, self._blocks_are_served
-            )
-            self._closing.callback(self.incoming.close)
+        if self.options.takes_migration:
+            self._make_incoming([])
             return
         opened = self.blocks.open_sources(self._stop_read)
         self._closing.callback(close_sources, opened)
@@ -224,13 +224,31 @@ class Server:
         for source in opened:
             self.blocks.add(source, self._keeper, self.fault_threads)
 
+    def _make_incoming(self, taken: list[OwnedFd]) -> IncomingMigration:
+        self.incoming = IncomingMigration(
+            self.options, self.blocks, self._segment, self._keeper, self.fault_threads, self._listened, taken
+        )
+        self._closing.callback(self.incoming.close)
+        return self.incoming
+
     def _take_over_blocks(self, before: Predecessor) -> None:
-        kept_fds = before.take_numbered(SOURCE)
-        for kept in before.state.blocks:
-            source = self.blocks.reopen_source(kept, next(iter(kept_fds.get(kept.index, [])), None))
-            self.blocks.take_over(kept, source, self._keeper, self.fault_threads)
+        state, kept_fds = before.state, before.take_numbered(SOURCE)
+        if self.options.takes_migration:
+            incoming = self._make_incoming(before.take_all(INCOMING))
+            if state.blocks:
+                incoming.take_over(state.blocks, state.ram_section_id)
+        else:
+            for kept in state.blocks:
+                source = self.blocks.reopen_source(kept, next(iter(kept_fds.get(kept.index, [])), None))
+                self.blocks.take_over(kept, source, self.blocks.region_of(kept), self._keeper, self.fault_threads)
+        self.blocks.drop_unclaimed()
         self._keeper.sweep()
         self.helpers.take_over(before.kept_helpers(), self.blocks)
+
+    def _listened(self) -> None:
+        """A migration has handed its memory out."""
+        self._keep_state()
+        self._blocks_are_served()
 
     def _set_stream(self, as_before: bool) -> None:
         """What an operator has steered since goes on."""
@@ -244,7 +262,6 @@ class Server:
     def _keep(self) -> None:
         """Leaves to the coordinator after this one what it must have."""
         store = self._store
-        state = KeptState(self._socket_path, self._features, self.blocks.describe())
         store.put(LISTENER, [self._listener.fileno()])
         store.put(SEGMENT, [self._segment.own_fd])
         for block in self.blocks:
@@ -252,12 +269,19 @@ class Server:
                 store.put(f"{SOURCE}{block.index}", [fd])
         for number, sockets in enumerate(self.exports.sockets):
             store.put(f"{EXPORT}{number}", [one.fileno() for one in sockets])
+        if self.incoming is not None:
+            store.put(INCOMING, [one.fileno() for one in self.incoming.sockets])
         if self._parent is not None:
             store.put(PARENT, [self._parent.fileno()])
         if not self.options.keeper_restarts:
             store.put(KEEPER, [self._keeper.socket_fd])
+        self._keep_state()  # last: with it the rest counts
+
+    def _keep_state(self) -> None:
+        section_id = self.incoming.ram_section_id if self.incoming is not None else None
+        state = KeptState(self._socket_path, self._features, self.blocks.describe(), section_id)
         with state.to_memfd() as state_fd:
-            store.put(STATE, [state_fd.fileno()])  # last: with it the rest counts
+            self._store.put(STATE, [state_fd.fileno()])
 
     def _listen(self, path: str, taken: OwnedFd | None) -> None:
         self._device = fds.open_uffd_device()
@@ -278,7 +302,9 @@ class Server:
         self._take_events()
 
     def _tell_ready(self, path: str) -> None:
-        if self._predecessor is None and self.incoming is None:
+        if self._predecessor is not None:
+            self._segment.note_restart()
+        else:
             self._keep()
         self._store.tell_ready()
         if self._parent is not None:
@@ -299,7 +325,7 @@ class Server:
     def run(self) -> None:
         """Serves until stop(); raises what ended it otherwise."""
         self._join_if_ended()  # small blocks are complete by now
-        while not self._stopping:
+        while not self._stopping and not self.makes_way:
             self._turn()
         if self._stop_reason is not None:
             raise self._stop_reason
@@ -432,6 +458,7 @@ class Server:
         block = self.blocks.by_index(index)
         self.helpers.tell_end(block)
         self.fault_threads.complete_block(index)
+        self._store.remove(f"{SOURCE}{index}")
         block.source.let_go()
         log.info("block %s is complete", block.idstr)
         if self.incoming is not None:
@@ -444,6 +471,8 @@ class Server:
         if self.incoming is not None and not self.incoming.is_over:
             return
         self._ended = True
+        if self.incoming is not None:
+            self._keep_state()  # that it is over
         self._selector.unregister(self.fault_threads)
         self.fault_threads.stop()
         self.notifiers.notify(Change.INBOUND_END)
@@ -454,7 +483,36 @@ class Server:
 
     # -- orders
 
-    def _carry_out(self, order: Admin) -> None:
+    def _carry_out(self, order: Admin | Replace) -> None:
+        if isinstance(order, Replace):
+            self._make_way(order)
+        else:
+            self._steer(order)
+
+    def _make_way(self, order: Replace) -> None:
+        """The keeper starts the other one when we have gone."""
+        if not self._store.is_there or not self.options.keeper_restarts:
+            raise UsageError(
+                "this coordinator has no keeper that could start another one in its place",
+                errno=errno.EOPNOTSUPP,
+                hint="start it without --no-keeper",
+            )
+        own = [*sys.argv[1:]]
+        end = own.index("--") if "--" in own else len(own)
+        words = [*order.program, *own[:end], *order.options, *own[end:]]
+        with OwnedFd(os.memfd_create("pcshare-next", os.MFD_CLOEXEC)) as command:
+            os.pwrite(command.fileno(), b"".join(os.fsencode(word) + b"\0" for word in words), 0)
+            self._store.put(NEXT_COMMAND, [command.fileno()])
+        self.makes_way = True
+        self._stop_write.send(b"\0")
+
+    def leave(self) -> None:
+        """Lets go of the sources, politely, and of nothing else: the next one goes on with the rest."""
+        self.exports.close()
+        self.fault_threads.stop()
+        self.blocks.close()
+
+    def _steer(self, order: Admin) -> None:
         modes = {
             AdminOp.STREAM_EAGER: (STREAM_EAGER, 0),
             AdminOp.STREAM_LAZY: (STREAM_LAZY, 0),

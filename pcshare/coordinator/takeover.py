@@ -25,6 +25,7 @@ STATE_VERSION = 1  # of the description; a coordinator takes over from its own v
 
 # What is kept under which name.
 LISTENER, SEGMENT, STATE, HELPER_TABLE, PARENT, KEEPER = "listener", "segment", "state", "helpers", "parent", "keeper"
+INCOMING = "incoming"  # where a migration's source connects
 EVENTS, NEXT_COMMAND = "events", "next"  # the keeper writes the one and reads the other (core/keeper_store.h)
 SOURCE, EXPORT = "source.", "export."  # and the block's index, or the address's place
 READER, WRITER = "ro.", "rw."  # and the helper's slot: its control socket and its uffd
@@ -55,6 +56,7 @@ class KeptState:
     socket_path: str
     features: int  # what helpers' uffds were opened with
     blocks: tuple[KeptBlock, ...]
+    ram_section_id: int | None = None  # of a migration that has come to LISTEN and is not over
 
     def to_memfd(self) -> OwnedFd:
         told = {"version": STATE_VERSION, **asdict(self), "blocks": [asdict(block) for block in self.blocks]}
@@ -75,7 +77,7 @@ class KeptState:
                 hint=VersionMismatch.usual_hint,
             )
         blocks = (KeptBlock(**{**one, "source": SourceMemory.from_json(one["source"])}) for one in told["blocks"])
-        return cls(told["socket_path"], told["features"], tuple(blocks))
+        return cls(told["socket_path"], told["features"], tuple(blocks), told["ram_section_id"])
 
 
 def _whole(fd: OwnedFd) -> bytes:
@@ -140,7 +142,7 @@ class Predecessor:
 
     def __init__(self, kept: Kept) -> None:
         self._kept = kept
-        self.state = KeptState.from_memfd(self.take(STATE))
+        self.state = KeptState.from_memfd(self.take_all(STATE)[-1])  # each later one replaces those before
         self.helpers = HelperTable(self.take(HELPER_TABLE))
 
     @classmethod

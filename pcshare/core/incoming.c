@@ -161,8 +161,8 @@ static int check_block(struct incoming *in, const char *idstr, uint64_t used_len
     return in->n_blocks == INCOMING_BLOCKS_MAX ? -ENOSPC : 0;
 }
 
-int incoming_add_block(struct incoming *in, const char *idstr, uint64_t used_length, uint64_t page_size, int memfd,
-                       uint32_t *indexp)
+static int new_block(struct incoming_block **blockp, struct incoming *in, const char *idstr, uint64_t used_length,
+                     uint64_t page_size)
 {
     int rc = check_block(in, idstr, used_length, page_size);
 
@@ -180,17 +180,69 @@ int incoming_add_block(struct incoming *in, const char *idstr, uint64_t used_len
     block->page_count = used_length / page_size;
     block->target_per_page = page_size / in->target_page_size;
     block->memfd = -1;
-    rc = make_block(block, memfd);
-    if (rc < 0) {
-        free_block(block);
-        return rc;
-    }
+    *blockp = block;
+    return 0;
+}
+
+static void insert_block(struct incoming *in, struct incoming_block *block, uint32_t *indexp)
+{
     pthread_mutex_lock(&in->lock);
     in->bitmaps_length += path_bitmap_length(block);
     pthread_mutex_unlock(&in->lock);
     in->blocks[block->index] = block;
     *indexp = block->index;
     __atomic_store_n(&in->n_blocks, block->index + 1, __ATOMIC_RELEASE);
+}
+
+int incoming_add_block(struct incoming *in, const char *idstr, uint64_t used_length, uint64_t page_size, int memfd,
+                       uint32_t *indexp)
+{
+    struct incoming_block *block;
+    int rc = new_block(&block, in, idstr, used_length, page_size);
+
+    if (rc < 0)
+        return rc;
+    rc = make_block(block, memfd);
+    if (rc < 0) {
+        free_block(block);
+        return rc;
+    }
+    insert_block(in, block, indexp);
+    return 0;
+}
+
+/* Holes came too. */
+static void note_holes(struct incoming_block *block, const struct ramblock_extent *extents, uint64_t n_extents)
+{
+    uint64_t page = 0;
+
+    for (uint64_t i = 0; i < n_extents; i++) {
+        incoming_note_received(block, page, extents[i].start / block->page_size - page);
+        page = extents[i].end / block->page_size;
+    }
+    incoming_note_received(block, page, block->page_count - page);
+}
+
+int incoming_take_block(struct incoming *in, const char *idstr, uint64_t used_length, uint64_t page_size,
+                        const uint64_t *received, const struct ramblock_extent *extents, uint64_t n_extents,
+                        uint32_t *indexp)
+{
+    struct incoming_block *block;
+    int rc = new_block(&block, in, idstr, used_length, page_size);
+
+    if (rc < 0)
+        return rc;
+    rc = bitmap_new(&block->received, block->page_count * block->target_per_page);
+    if (rc < 0) {
+        free_block(block);
+        return rc;
+    }
+    note_holes(block, extents, n_extents);
+    for (uint64_t page = 0; page < block->page_count; page++)
+        if (bitmap_test(received, page))
+            incoming_note_received(block, page, 1);
+    block->state = BLOCK_UNMAPPED;
+    insert_block(in, block, indexp);
     return 0;
 }
 

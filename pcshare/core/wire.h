@@ -18,9 +18,10 @@ enum {
     WIRE_DIMS_MAX = 32,    /* numpy's own limit */
     WIRE_MAPS_MAX = 16,    /* maps of one uffd */
     WIRE_FDS_MAX = 4,      /* fds of one message */
+    WIRE_WORDS_MAX = 3072, /* bytes of a command's words, each with its NUL */
 };
 
-/* Types. Helper to coordinator: HELLO ATTACH REQUEST LEAVE, and an operator's ADMIN.
+/* Types. Helper to coordinator: HELLO ATTACH REQUEST LEAVE, and an operator's ADMIN and REPLACE.
  * Coordinator to helper: WELCOME ACK DONE END BYE ERROR. */
 enum {
     WIRE_HELLO = 1,
@@ -34,6 +35,7 @@ enum {
     WIRE_BYE = 9,
     WIRE_ERROR = 10,
     WIRE_ADMIN = 11,
+    WIRE_REPLACE = 12,
 };
 
 /* How a helper wants a block. */
@@ -163,6 +165,16 @@ struct wire_admin {
     uint32_t op;
     uint32_t reserved;
     uint64_t argument;
+};
+
+/* Make way for another program that goes on where this one stops: the first n_program words start it, up to `pcshare
+ * coordinator`; then come this one's own options, and then the rest of the words, which so have the last say. Answered
+ * like ADMIN, before it happens. No fds. */
+struct wire_replace {
+    struct wire_header header;
+    uint32_t n_program;
+    uint32_t n_words;
+    char words[3072];
 };
 
 #endif

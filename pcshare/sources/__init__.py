@@ -17,7 +17,7 @@ from pcshare.sources.grammar import SourceSpec, parse_argument, parse_arguments,
 from pcshare.sources.link import SOURCE_TIMEOUT_S, LinkState
 from pcshare.sources.nbd import NbdSource
 from pcshare.sources.npy import ArrayDescription
-from pcshare.sources.opened import OpenedSource, SourceMemory
+from pcshare.sources.opened import CompleteSource, OpenedSource, SourceMemory
 from pcshare.sources.shown import shown
 from pcshare.sources.wakeup import StopFlag, Wakeup, signals_blocked
 from pcshare.sources.zero import ZeroSource
@@ -25,6 +25,7 @@ from pcshare.sources.zero import ZeroSource
 __all__ = [
     "SOURCE_TIMEOUT_S",
     "ArrayDescription",
+    "CompleteSource",
     "FilterSpec",
     "LinkState",
     "OpenedSource",

@@ -79,7 +79,7 @@ class FileSource(OpenedSource):
         return {"device": found.st_dev, "inode": found.st_ino, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
 
     def kept_fd(self) -> int | None:
-        return self._fd
+        return self._fd if self._fd >= 0 else None
 
     def _new_channel(self) -> Any:
         if self._fd < 0:

@@ -92,10 +92,10 @@ class SegmentWriter:
             self._tables = _Mapping(self._fd.fileno(), TABLES_BYTES)
             self._readonly = OwnedFd(os.open(f"/proc/self/fd/{self._fd.fileno()}", os.O_RDONLY | os.O_CLOEXEC))
             self.header = self._tables.cast("struct status_header *")
-            if taken is not None:
+            if taken is None:
+                self._fill_header(socket_path)
+            else:
                 self._check_taken()
-                self.header.restarts += 1
-            self._fill_header(socket_path)
         except BaseException:
             self.close(unlink=taken is None)
             raise
@@ -142,12 +142,20 @@ class SegmentWriter:
         header.size = TABLES_BYTES
         header.blocks_offset, header.helpers_offset = BLOCKS_OFFSET, HELPERS_OFFSET
         header.blocks_max, header.helpers_max = lib.STATUS_BLOCKS_MAX, lib.STATUS_HELPERS_MAX
-        header.pid = os.getpid()
-        found = process_stat(os.getpid())
-        header.pid_start_ticks = found[1] if found else 0
+        self._name_process()
         header.name = self.name.encode()
         header.socket_path = os.fsencode(socket_path)
         header.magic = lib.STATUS_MAGIC  # last: from here on it can be read
+
+    def _name_process(self) -> None:
+        found = process_stat(os.getpid())
+        self.header.pid_start_ticks = found[1] if found else 0
+        self.header.pid = os.getpid()
+
+    def note_restart(self) -> None:
+        """From here on it is this process that serves; until then a segment that was taken names the one before."""
+        self._name_process()
+        self.header.restarts += 1
 
     def _slot(self, ctype: str, offset: int) -> Any:
         if self._tables is None:
@@ -185,6 +193,10 @@ class SegmentWriter:
         slot = self.helper_slot(index)
         slot.state = lib.STATUS_HELPER_FREE
         ffi.memmove(slot, bytes(HELPER_BYTES), HELPER_BYTES)
+
+    def used_block_slots(self) -> list[int]:
+        slots = ((index, self.block_slot(index)) for index in range(lib.STATUS_BLOCKS_MAX))
+        return [index for index, slot in slots if slot.in_use]
 
     def used_helper_slots(self) -> list[int]:
         """Those that are not free. Read, not looked at in place: that would take memory for each."""

@@ -46,7 +46,7 @@ def status_report(report: StatusReport, bitmap_of: Callable[[BlockStatus], bytes
 def life_text(report: StatusReport) -> Text:
     """The state, or what has become of the process."""
     if not report.alive:
-        return Text("dead", style="bold red")
+        return Text("restarting" if report.restarting else "dead", style="bold red")
     return Text("stopped by a signal", style="bold red") if report.stopped else state_text(report.state)
 
 
