@@ -13,7 +13,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pcshare.fds import OwnedFd
 from pcshare.transport import FDS_MAX, Datagrams
@@ -33,6 +33,7 @@ class FdStore:
 
     def __init__(self, datagrams: Datagrams | None) -> None:
         self._datagrams = datagrams
+        self._names: set[str] = set()
 
     @classmethod
     def found(cls) -> FdStore:
@@ -52,10 +53,20 @@ class FdStore:
 
     def put(self, name: str, fds: Sequence[int]) -> None:
         """Keeps copies, beside those that the name has already."""
+        self._names.add(name)
         for first in range(0, len(fds), FDS_MAX):
             self._send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", fds[first : first + FDS_MAX])
 
+    def know(self, names: Iterable[str]) -> None:
+        """What is kept already: put by another process."""
+        self._names.update(names)
+
+    def remove_all(self) -> None:
+        for name in tuple(self._names):
+            self.remove(name)
+
     def remove(self, name: str) -> None:
+        self._names.discard(name)
         self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
     def tell_ready(self) -> None:

@@ -126,7 +126,9 @@ def _run(socket_fd: OwnedFd | None, kept: Kept, parent: ParentLink | None, given
         raise AssertionError("exec returned")
     _protect(debug)
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="pcshare: %(message)s")
-    server = Server(chosen, _keeper(socket_fd, kept), parent, FdStore.found(), Predecessor.found(kept))
+    store = FdStore.found()
+    store.know(kept)
+    server = Server(chosen, _keeper(socket_fd, kept), parent, store, Predecessor.found(kept))
     with options.stop_signals(server.stop), _ended(server):
         is_first = server.start()
         if parent is None and is_first:

@@ -89,9 +89,12 @@ class Server:
         wrong leaves everything to the next one."""
         self.options = options
         self._store = store or FdStore(None)
-        self._predecessor = predecessor
-        self.notifiers = NotifierChain()
         self._keeper = keeper
+        self._predecessor = predecessor
+        if predecessor is not None and predecessor.state.keeper != self._keeper_identity():
+            self._predecessor = None
+            predecessor.dismiss(options.name, self._store)
+        self.notifiers = NotifierChain()
         self._parent = parent
         self._selector = selectors.DefaultSelector()
         self._closing = contextlib.ExitStack()
@@ -277,9 +280,16 @@ class Server:
             store.put(KEEPER, [self._keeper.socket_fd])
         self._keep_state()  # last: with it the rest counts
 
+    def _keeper_identity(self) -> tuple[int, int]:
+        """Its pid and its start: no other keeper has both."""
+        found = status.process_stat(self._keeper.pid)
+        return self._keeper.pid, found[1] if found else 0
+
     def _keep_state(self) -> None:
         section_id = self.incoming.ram_section_id if self.incoming is not None else None
-        state = KeptState(self._socket_path, self._features, self.blocks.describe(), section_id)
+        state = KeptState(
+            self._socket_path, self._keeper_identity(), self._features, self.blocks.describe(), section_id
+        )
         with state.to_memfd() as state_fd:
             self._store.put(STATE, [state_fd.fileno()])
 
@@ -543,9 +553,10 @@ class Server:
     # -- end
 
     def close(self) -> None:
-        """Says BYE to helpers, frees blocks, removes socket and status segment."""
+        """Says BYE to helpers, frees blocks, removes socket and status segment, and leaves nothing to anybody."""
         self._store.tell_stopping()
         self._closing.close()
+        self._store.remove_all()
         self._store.close()
         self._selector.close()
         self._keeper.close()

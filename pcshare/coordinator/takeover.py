@@ -7,19 +7,23 @@ kept are here and nowhere else. Makes no block and registers nobody.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from pcshare import protocol, runtime
 from pcshare.errors import PcshareError, VersionMismatch
 from pcshare.fds import OwnedFd
 from pcshare.protocol import Map
 from pcshare.sources import SourceMemory
-from pcshare.store import Kept
+from pcshare.store import FdStore, Kept
+from pcshare.transport import Connection
 
 STATE_VERSION = 1  # of the description; a coordinator takes over from its own version and from older ones
 
@@ -54,6 +58,7 @@ class KeptState:
     """What a coordinator cannot find out by itself of the one before it."""
 
     socket_path: str
+    keeper: tuple[int, int]  # its pid and when it was started: it has the blocks, and no other one has
     features: int  # what helpers' uffds were opened with
     blocks: tuple[KeptBlock, ...]
     ram_section_id: int | None = None  # of a migration that has come to LISTEN and is not over
@@ -77,7 +82,8 @@ class KeptState:
                 hint=VersionMismatch.usual_hint,
             )
         blocks = (KeptBlock(**{**one, "source": SourceMemory.from_json(one["source"])}) for one in told["blocks"])
-        return cls(told["socket_path"], told["features"], tuple(blocks), told["ram_section_id"])
+        pid, start_ticks = told["keeper"]
+        return cls(told["socket_path"], (pid, start_ticks), told["features"], tuple(blocks), told["ram_section_id"])
 
 
 def _whole(fd: OwnedFd) -> bytes:
@@ -169,3 +175,18 @@ class Predecessor:
 
     def kept_helpers(self) -> list[KeptHelper]:
         return list(self.helpers.read(self._kept))
+
+    def dismiss(self, name: str, store: FdStore) -> None:
+        """Its blocks are gone with its keeper, and only a supervisor's store has kept these fds: who waits is told that
+        no page will come, and the name is free."""
+        for helper in self.kept_helpers():
+            with contextlib.suppress(OSError), Connection.of(helper.fds[0]) as connection:
+                connection.send(protocol.pack_bye())
+                connection.shutdown()
+            store.remove(kept_name(helper.slot, may_write=helper.may_write))
+        for kept_as in (*self._kept, STATE, HELPER_TABLE):
+            store.remove(kept_as)
+        for path in (runtime.shm_path(name), Path(self.state.socket_path)):
+            path.unlink(missing_ok=True)
+        self._kept.clear()
+        self.helpers.close()

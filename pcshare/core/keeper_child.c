@@ -438,12 +438,32 @@ static void raise_fd_limit(void)
     }
 }
 
+/* A supervisor has started us again and gives back what we passed on to it: fds, which are the child's, to say good-bye
+ * with. Our blocks it cannot give back. */
+static int take_listen_fds(struct store *s)
+{
+    const char *pid = getenv("LISTEN_PID"), *count = getenv("LISTEN_FDS"), *given = getenv("LISTEN_FDNAMES");
+    char *names = strdup(given ? given : ""), *rest = names, *name;
+    int rc = names ? 0 : -ENOMEM;
+
+    for (int i = 0; rc == 0 && pid && count && atoi(pid) == (int)getpid() && i < atoi(count); i++) {
+        int fd = LISTEN_FDS_START + i;
+        name = strsep(&rest, ":");
+        if (fcntl(fd, F_SETFD, FD_CLOEXEC) == 0)
+            rc = store_put(s, name ? name : "stored", fd);
+    }
+    free(names);
+    return rc;
+}
+
 static int prepare(struct care *c)
 {
     int rc = keeping_new(&c->keeping);
 
     if (rc == 0)
         rc = store_new(&c->store, getenv("NOTIFY_SOCKET"));
+    if (rc == 0)
+        rc = take_listen_fds(c->store);
     if (rc == 0)
         rc = start_child(c);
     if (rc < 0)

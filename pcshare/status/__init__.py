@@ -12,6 +12,7 @@ from pcshare.status.layout import (
     STATE_NAMES,
     STREAM_NAMES,
     TABLES_BYTES,
+    process_stat,
     summary_state,
 )
 from pcshare.status.leftovers import Leftovers, in_use, leftovers, name_in_use, remove_leftovers
@@ -45,6 +46,7 @@ __all__ = [
     "in_use",
     "leftovers",
     "name_in_use",
+    "process_stat",
     "read_status",
     "remove_leftovers",
     "summary_state",
