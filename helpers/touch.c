@@ -22,7 +22,7 @@ enum {
 
 struct options {
     const char *name, *socket_path, *block;
-    int is_random, latency;
+    int is_random, latency, waits;
     uint64_t count, seed;
     int64_t attach_timeout_ms;
 };
@@ -147,19 +147,29 @@ static int find_socket(char *path, size_t size, const struct options *options)
     return own_socket(path, size, options->name);
 }
 
-/* Attaches; waits for the coordinator if it is not there yet. */
+/* Attaches; waits for the coordinator if it is not there yet, or has nothing or no room yet. */
 static int attach(struct pcshare_attachment **ap, const char *socket_path, const struct options *options)
 {
     double deadline_s = now_s() + (double)options->attach_timeout_ms / 1e3;
     const struct timespec nap = {.tv_nsec = LOOK_AGAIN_MS * 1000000L};
     int rc;
     while ((rc = pcshare_attach(ap, socket_path, options->block, 0, options->attach_timeout_ms, NULL, 0)) == -ENOENT
-           || rc == -ECONNREFUSED) {
+           || rc == -ECONNREFUSED || rc == -EAGAIN) {
         if (now_s() > deadline_s)
             return rc;
         nanosleep(&nap, NULL);
     }
     return rc;
+}
+
+/* For whoever started many of these and holds the other end of one pipe. */
+static void wait_for_end_of_input(void)
+{
+    char bytes[64];
+    ssize_t n;
+    do
+        n = read(STDIN_FILENO, bytes, sizeof bytes);
+    while (n > 0 || (n < 0 && errno == EINTR));
 }
 
 static void print_latency(const struct result *result)
@@ -197,9 +207,10 @@ static void print_result(const struct result *result, const struct options *opti
 static int usage(FILE *to, int exit_code)
 {
     fprintf(to, "usage: touch [--name NAME | --socket PATH] [--block BLOCK] [--pattern scan|random] [--count N]\n"
-                "             [--seed S] [--attach-timeout S] [--latency]\n"
+                "             [--seed S] [--attach-timeout S] [--latency] [--wait]\n"
                 "Touches pages of a block and prints the crc32 over them, in the order they were touched, as JSON.\n"
-                "--latency adds how long touches of pages that were not received took, in microseconds.\n");
+                "--latency adds how long touches of pages that were not received took, in microseconds.\n"
+                "--wait attaches, then waits for the end of its standard input: many of them begin at one moment.\n");
     return exit_code;
 }
 
@@ -210,7 +221,8 @@ static int parse(struct options *options, int argc, char **argv)
         {"block", required_argument, NULL, 'b'},   {"pattern", required_argument, NULL, 'p'},
         {"count", required_argument, NULL, 'c'},   {"seed", required_argument, NULL, 's'},
         {"latency", no_argument, NULL, 'l'},       {"attach-timeout", required_argument, NULL, 't'},
-        {"help", no_argument, NULL, 'h'},          {NULL, 0, NULL, 0},
+        {"wait", no_argument, NULL, 'w'},          {"help", no_argument, NULL, 'h'},
+        {NULL, 0, NULL, 0},
     };
     for (int c; (c = getopt_long(argc, argv, "", names, NULL)) != -1;) {
         switch (c) {
@@ -222,6 +234,7 @@ static int parse(struct options *options, int argc, char **argv)
         case 's': options->seed = strtoull(optarg, NULL, 0); break;
         case 't': options->attach_timeout_ms = (int64_t)(strtod(optarg, NULL) * 1e3); break;
         case 'l': options->latency = 1; break;
+        case 'w': options->waits = 1; break;
         default: return c == 'h' ? 1 : -EINVAL;
         }
         if (c == 'p' && !options->is_random && strcmp(optarg, "scan"))
@@ -242,6 +255,8 @@ int main(int argc, char **argv)
     crc32_init();
     double start_s = now_s();
     rc = attach(&a, socket_path, &options);
+    if (!rc && options.waits)
+        wait_for_end_of_input();
     if (!rc)
         rc = touch_all(&result, a, &options, start_s);
     result.total_s = now_s() - start_s;

@@ -25,7 +25,7 @@ from pcshare.fds import OwnedFd, close_aside
 MESSAGE_BYTES_MAX = 4096  # the largest message is half of it
 FDS_MAX = 4  # as WIRE_FDS_MAX
 FDS_ROOM = 253  # as SCM_MAX_FD: what finds no room the kernel closes at once, and may wait for it
-BACKLOG = 512  # who starts a thousand helpers at once
+BACKLOG = 4096  # as STATUS_HELPERS_MAX: all that may attach can wait at once; net.core.somaxconn may allow less
 SO_PASSRIGHTS = 83  # Linux 6.16; Python names it not yet
 _INT_BYTES = array.array("i").itemsize
 _UCRED = struct.Struct("iII")

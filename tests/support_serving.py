@@ -156,6 +156,9 @@ class Serving:
 
     def start(self) -> None:
         self.server.start()
+        self.start_loop()
+
+    def start_loop(self) -> None:
         self._thread.start()
 
     def join(self) -> None:

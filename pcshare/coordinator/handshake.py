@@ -73,6 +73,11 @@ class Handshake:
     def time_out(self) -> None:
         self._refuse(PcshareError(f"nothing came for {HANDSHAKE_TIMEOUT_S:g} s", errno=errno.ETIMEDOUT))
 
+    def make_room(self) -> None:
+        self._refuse(
+            PcshareError("too many connections that have not attached yet", errno=errno.EAGAIN, hint="try again")
+        )
+
     def _end(self) -> bool:
         self.connection.close_unread()
         return False

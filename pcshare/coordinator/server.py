@@ -57,7 +57,7 @@ from pcshare.transport import Listener
 log = logging.getLogger("pcshare")
 
 REAP_INTERVAL_S = 0.25  # how soon after its death a helper without a socket is let go
-HANDSHAKES_MAX = 256  # connections that have not attached yet
+HANDSHAKES_MAX = 1024  # connections that have not attached yet: as HELPERS_MAX, which may all come at once
 SOCKET_MODE, SHARED_SOCKET_MODE = 0o600, 0o666  # shared: SO_PEERCRED decides
 
 _BLOCK_EVENTS = (
@@ -416,11 +416,11 @@ class Server:
         """Makes room: the oldest connection of the process that has most of them."""
         pids = {number: one.connection.credentials().pid for number, one in self._handshakes.items()}
         counts = collections.Counter(pids.values())
-        self._give_up(max(pids, key=lambda number: counts[pids[number]]))
+        self._forget(max(pids, key=lambda number: counts[pids[number]])).make_room()
 
-    def _give_up(self, number: int) -> None:
+    def _forget(self, number: int) -> Handshake:
         self._selector.unregister(number)
-        self._handshakes.pop(number).time_out()
+        return self._handshakes.pop(number)
 
     def _step(self, handshake: Handshake) -> None:
         number = handshake.connection.fileno()
@@ -437,7 +437,7 @@ class Server:
         now = time.monotonic()
         for number, handshake in list(self._handshakes.items()):
             if handshake.deadline <= now:
-                self._give_up(number)
+                self._forget(number).time_out()
         if not self._accepting and now >= self._accept_again:
             self._accept_more(True)
 

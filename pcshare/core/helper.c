@@ -16,6 +16,8 @@
 #include <time.h>
 #include "helper_internal.h"
 
+enum { CONNECT_AGAIN_MS = 10 }; /* a coordinator accepts some twenty helpers in that time */
+
 /* ---- errors and time ---- */
 
 static _Thread_local char error_text[HELPER_TEXT_MAX];
@@ -139,14 +141,20 @@ static int wait_for_answer(const struct pcshare_attachment *a, int64_t deadline_
     return helper_fail(errno, "%s: waiting for the coordinator: %s", a->socket_path, strerror(errno));
 }
 
-static int say_hello(struct pcshare_attachment *a)
+/* Where as many wait to be accepted as the socket has room for, nothing says when there is room again. */
+static int say_hello(struct pcshare_attachment *a, int64_t deadline_ms)
 {
     int rc;
 
-    library_lock();
-    rc = link_connect(a);
-    library_unlock();
-    return rc;
+    for (;;) {
+        library_lock();
+        rc = link_connect(a);
+        library_unlock();
+        if (rc != -EAGAIN || helper_now_ms() >= deadline_ms)
+            return rc;
+        if (poll(NULL, 0, CONNECT_AGAIN_MS) < 0)
+            return helper_fail(errno, "%s: waiting to be accepted: %s", a->socket_path, strerror(errno));
+    }
 }
 
 /* Waits for the next message and takes it over, in one go: no fd may lie about when another thread forks. */
@@ -232,7 +240,7 @@ static int check_map_at(const struct pcshare_attachment *a)
 static int attach(struct pcshare_attachment *a, int64_t deadline_ms)
 {
     int is_complete = 0;
-    int rc = say_hello(a);
+    int rc = say_hello(a, deadline_ms);
 
     if (rc == 0)
         rc = hear(a, deadline_ms, link_accept_welcome, &is_complete);
@@ -278,7 +286,7 @@ int pcshare_peek(struct pcshare_info *info, const char *socket_path, const char 
 
     if (rc < 0)
         return rc;
-    rc = say_hello(a);
+    rc = say_hello(a, deadline_ms);
     if (rc == 0)
         rc = hear(a, deadline_ms, link_accept_welcome, &is_complete);
     if (rc == 0)
