@@ -14,6 +14,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -28,6 +29,8 @@
 #ifndef MAP_FIXED_NOREPLACE
 #define MAP_FIXED_NOREPLACE 0x100000
 #endif
+
+enum { STATUS_TEXT_MAX = 8192 }; /* of /proc/self/status, which has some 60 short lines */
 
 static int sharing_of(uint32_t mode)
 {
@@ -57,14 +60,37 @@ static int map_failed(const struct pcshare_attachment *a, int error)
         a->info.idstr, a->info.map_length, strerror(error));
 }
 
+/* Not by prctl, which the filter itself may answer. */
+static int is_under_seccomp_filter(void)
+{
+    char text[STATUS_TEXT_MAX];
+    const char *line;
+    ssize_t n = -1;
+    int fd = open("/proc/self/status", O_RDONLY | O_CLOEXEC);
+
+    if (fd >= 0) {
+        n = read(fd, text, sizeof(text) - 1);
+        close(fd);
+    }
+    text[n > 0 ? n : 0] = '\0';
+    line = strstr(text, "\nSeccomp:\t");
+    return line && line[sizeof("\nSeccomp:\t") - 1] == '2';
+}
+
 static int uffd_failed(const struct pcshare_attachment *a, int error)
 {
+    if ((error == EPERM || error == EACCES || error == ENOSYS) && is_under_seccomp_filter())
+        return helper_fail(
+            error,
+            "block %s: userfaultfd is refused to this process (%s), most likely by the seccomp filter that it runs "
+            "under: allow userfaultfd in the container's seccomp profile, or give the process, or the coordinator, "
+            "/dev/userfaultfd (docker run --device /dev/userfaultfd)",
+            a->info.idstr, strerror(error));
     if (error == EPERM || error == EACCES)
         return helper_fail(
             error,
             "block %s: this user may not open a userfaultfd: run the coordinator as root, so that it offers "
-            "/dev/userfaultfd, or: sysctl vm.unprivileged_userfaultfd=1 (in a container: its seccomp profile "
-            "must allow userfaultfd)",
+            "/dev/userfaultfd, or: sysctl vm.unprivileged_userfaultfd=1",
             a->info.idstr);
     if (error == ENOSYS)
         return helper_fail(error, "block %s: this kernel has no userfaultfd (CONFIG_USERFAULTFD)", a->info.idstr);
