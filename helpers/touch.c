@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <getopt.h>
+#include <glob.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -131,6 +132,21 @@ static int own_socket(char *path, size_t size, const char *name)
     return say_path(path, size, "/tmp/pcshare-%s/%s.sock", uid, name);
 }
 
+/* In a folder that root made for the user who serves. */
+static int served_socket(char *path, size_t size, const char *name)
+{
+    char pattern[128];
+    glob_t found;
+    int rc = say_path(pattern, sizeof pattern, "%s%s.sock", "/run/pcshare/*/", name);
+    if (!rc && glob(pattern, 0, NULL, &found))
+        return -ENOENT;
+    if (!rc) {
+        rc = say_path(path, size, "%s%s", found.gl_pathv[0], "");
+        globfree(&found);
+    }
+    return rc;
+}
+
 /* --socket; else NAME.sock, here or where coordinators that serve other users put it; else $PCSHARE_SOCKET. */
 static int find_socket(char *path, size_t size, const struct options *options)
 {
@@ -143,6 +159,8 @@ static int find_socket(char *path, size_t size, const struct options *options)
     if (rc || !access(path, F_OK))
         return rc;
     if (!say_path(path, size, "%s%s.sock", "/run/pcshare/", options->name) && !access(path, F_OK))
+        return 0;
+    if (!served_socket(path, size, options->name))
         return 0;
     return own_socket(path, size, options->name);
 }

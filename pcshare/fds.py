@@ -13,6 +13,9 @@ from typing import Self
 CLOSED = -1
 _USERFAULTFD = "anon_inode:[userfaultfd]"
 USERFAULTFD_DEVICE = "/dev/userfaultfd"
+DEVICE_FD_VARIABLE = "PCSHARE_DEVICE_FD"  # names the fd of that device which was opened before root was given up
+
+_inherited_device: OwnedFd | None = None
 
 
 class OwnedFd:
@@ -82,9 +85,38 @@ def _close_all(owned: list[OwnedFd]) -> None:
         one.close()
 
 
-def open_uffd_device() -> OwnedFd | None:
-    """/dev/userfaultfd for whoever may open it, to make uffds with or to pass on; else None."""
+def uffd_device() -> OwnedFd:
+    """/dev/userfaultfd, for whoever may open it or has inherited it. OSError: neither."""
     try:
         return OwnedFd(os.open(USERFAULTFD_DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except OSError:
+        if _inherited_device is None:
+            raise
+        return _inherited_device.dup()
+
+
+def open_uffd_device() -> OwnedFd | None:
+    """The same to make uffds with or to pass on, if it can be had."""
+    try:
+        return uffd_device()
+    except OSError:
         return None
+
+
+def named_uffd_device() -> OwnedFd | None:
+    """The device that this process was started with, if it was; children do not inherit it."""
+    text = os.environ.pop(DEVICE_FD_VARIABLE, None)
+    if text is None:
+        return None
+    os.set_inheritable(int(text), False)
+    return OwnedFd(int(text))
+
+
+def inherit_uffd_device(device: OwnedFd) -> None:
+    """From now on uffd_device() has this one, where the process can open none."""
+    global _inherited_device
+    _inherited_device = device
+
+
+def inherited_uffd_device() -> OwnedFd | None:
+    return _inherited_device

@@ -14,7 +14,7 @@ from typing import Any
 
 from pcshare.core import ffi, lib
 from pcshare.errors import HostError, check
-from pcshare.fds import OwnedFd
+from pcshare.fds import DEVICE_FD_VARIABLE, OwnedFd, inherited_uffd_device
 
 FD_VARIABLE = "PCSHARE_KEEPER_FD"
 EXECUTABLE = Path(__file__).parent / "_bin" / "pcshare-keeper"
@@ -66,10 +66,16 @@ class Keeper:
         """A keeper of its own for a coordinator that is not its child."""
         path = executable()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        device = inherited_uffd_device()
+        fds = [theirs.fileno(), *([device.fileno()] if device else [])]
+        named = {DEVICE_FD_VARIABLE: str(device.fileno())} if device else {}
         with OwnedFd(ours.detach()) as ours_fd:
             with theirs:
                 process = subprocess.Popen(
-                    [path, "--serve", str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                    [path, "--serve", str(theirs.fileno())],
+                    pass_fds=fds,
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, **named},
                 )
             return cls(OwnedFd(ours_fd.detach()), process)
 

@@ -108,13 +108,44 @@ def runtime_dir(*, create: bool = False) -> Path:
 
 
 def shared_dir(*, create: bool = False) -> Path:
-    """Where sockets lie that other users may reach (--allow-uid, --allow-gid)."""
-    cure = f"make it once: sudo install -d -o $(id -un) -m 0755 {SHARED_DIR}"
+    """Where this user's sockets lie that others may reach (--allow-uid, --allow-gid): root's in SHARED_DIR, those of
+    others each in a folder there that is theirs."""
+    own = SHARED_DIR / str(os.geteuid())
+    path = own if own.is_dir() else SHARED_DIR
     if create:
-        _make_dir(SHARED_DIR, 0o755, cure)
-        if not os.access(SHARED_DIR, os.W_OK):
-            raise HostError(f"{SHARED_DIR} cannot be written by uid {os.geteuid()}", hint=cure)
-    return SHARED_DIR
+        cure = f"make it once: sudo install -d -o {own.name} -m 0755 {own}"
+        if path == SHARED_DIR:
+            _make_dir(path, 0o755, cure)
+        else:
+            _check_dir(path, (os.geteuid(),), 0o022, cure)
+        if not os.access(path, os.W_OK):
+            raise HostError(f"{path} cannot be written by uid {os.geteuid()}", hint=cure)
+    return path
+
+
+def make_shared_dir_of(uid: int, gid: int) -> None:
+    """By root, for another user: his folder in SHARED_DIR."""
+    own, cure = SHARED_DIR / str(uid), f"remove {SHARED_DIR}, or: sudo chown root {SHARED_DIR}"
+    _make_dir(SHARED_DIR, 0o755, cure)
+    _check_dir(SHARED_DIR, (0,), 0o022, cure)
+    try:
+        own.mkdir()
+        own.chmod(0o755)  # before it is given away: then that takes one more capability
+        os.chown(own, uid, gid)
+    except FileExistsError:
+        _check_dir(own, (uid,), 0o022, f"remove {own}")
+
+
+def _sockets_of_others(name: str) -> list[Path]:
+    """In folders that are theirs by name, and in no others."""
+    return sorted(path for path in SHARED_DIR.glob(f"*/{check_name(name)}{SOCKET_SUFFIX}") if _is_own(path.parent))
+
+
+def _is_own(folder: Path) -> bool:
+    try:
+        return folder.name == str(folder.lstat().st_uid)
+    except OSError:  # it has just gone
+        return False
 
 
 def _socket_in(directory: Path, name: str) -> Path:
@@ -137,8 +168,9 @@ def shared_socket_path(name: str, *, create_dir: bool = False) -> Path:
 
 
 def find_socket(name: str) -> Path | None:
-    """The socket of that name, in the one place or the other; where both have one, that which listens."""
-    found = [path for path in (socket_path(name), shared_socket_path(name)) if path.is_socket()]
+    """The socket of that name, this user's own first; where several places have one, that which listens."""
+    places = (socket_path(name), shared_socket_path(name), _socket_in(SHARED_DIR, name), *_sockets_of_others(name))
+    found = [path for path in places if path.is_socket()]
     return next((path for path in found if is_listening(path)), found[0] if found else None)
 
 

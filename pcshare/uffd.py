@@ -19,7 +19,7 @@ from typing import Any
 
 from pcshare.core import ffi, lib
 from pcshare.errors import check
-from pcshare.fds import USERFAULTFD_DEVICE, OwnedFd
+from pcshare.fds import OwnedFd, inherit_uffd_device, uffd_device
 
 MODE_MISSING: int = lib.UFFD_MODE_MISSING
 MODE_WP: int = lib.UFFD_MODE_WP
@@ -161,10 +161,16 @@ def probe(device: OwnedFd | None = None) -> Offer:
     return Offer(features[0], ioctls[0], bool(user_mode_only[0]))
 
 
+def inherit_device(device: OwnedFd) -> None:
+    """Uffds are made with this one where the process can open none itself."""
+    inherit_uffd_device(device)
+    lib.uffd_inherit_device(device.fileno())
+
+
 def try_device() -> int:
     """0 if /dev/userfaultfd gives a uffd, else the errno. Uffd.open() takes the best way; this names one."""
     try:
-        with OwnedFd(os.open(USERFAULTFD_DEVICE, os.O_RDWR | os.O_CLOEXEC)) as device:
+        with uffd_device() as device:
             os.close(fcntl.ioctl(device.fileno(), _DEVICE_NEW, _OPEN_FLAGS))
     except OSError as error:
         return error.errno or errno.EIO

@@ -18,6 +18,7 @@ ROOMS = (
     ("extents",),
     ("runtime",),
     ("fds",),
+    ("account",),
     ("uffd",),
     ("keeper",),
     ("ramblock",),

@@ -67,6 +67,12 @@ DEBUG_VARIABLE = "PCSHARE_DEBUG"
     metavar="FILE",
     help="Write the last 65,536 steps to FILE; `python -m pcshare.views.trace FILE` prints them.",
 )
+@click.option(
+    "--user",
+    type=options.USER,
+    metavar="USER[:GROUP]",
+    help="Started by root: become this user before anything else is started, for good.",
+)
 @click.option("--debug", is_flag=True, help="Stay dumpable, for debuggers and psutil of the same user, and log more.")
 @click.option(
     "--no-keeper",
@@ -116,15 +122,21 @@ def command(**given: Any) -> int:
 
 
 def _run(socket_fd: OwnedFd | None, kept: Kept, parent: ParentLink | None, given: dict[str, Any]) -> int:
+    from pcshare import account, keeper
     from pcshare.coordinator import Predecessor, Server
     from pcshare.store import FdStore
 
     as_json, debug = given.pop("as_json"), given.pop("debug")
     chosen = _options(given)
+    if socket_fd is None and given["user"] is not None:
+        account.become(given["user"], [keeper.executable()])
     if socket_fd is None and chosen.keeper_restarts:
         _become_keeper(parent, debug)
         raise AssertionError("exec returned")
     _protect(debug)
+    if given["user"] is not None:
+        account.verify(given["user"])
+    _inherit_device(kept, by_number=socket_fd is None or not kept)
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="pcshare: %(message)s")
     store = FdStore.found()
     store.know(kept)
@@ -141,6 +153,19 @@ def _kept() -> Kept:
     from pcshare.store import kept_fds
 
     return kept_fds()
+
+
+def _inherit_device(kept: Kept, *, by_number: bool) -> None:
+    """What root had opened. Of a coordinator that is started again it is among what was kept: the number is somebody
+    else's by now."""
+    from pcshare import fds, uffd
+    from pcshare.coordinator.takeover import DEVICE
+
+    found = fds.named_uffd_device() if by_number else None
+    if DEVICE in kept:
+        found = found or kept.pop(DEVICE)[0]
+    if found is not None:
+        uffd.inherit_device(found)
 
 
 def _keeper(socket_fd: OwnedFd | None, kept: Kept) -> Keeper:
@@ -248,6 +273,7 @@ def _options(given: dict[str, Any]) -> Options:
         exports=given["exports"],
         device_state=given["device_state"],
         keeper_restarts=not given["no_keeper"],
+        findable=given["user"] is not None,
         **more,
     )
 

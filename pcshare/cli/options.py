@@ -19,6 +19,8 @@ from pcshare import errors, runtime, units
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 if TYPE_CHECKING:
+    from pcshare.account import Account
+
     _ParamType = click.ParamType[Any]
 else:  # generic for type checkers only, and in older versions of click not even there
     _ParamType = click.ParamType
@@ -68,12 +70,19 @@ def parse_page_size(text: str) -> int:
     return size
 
 
+def _parse_user(text: str) -> Account:
+    from pcshare.account import parse_account
+
+    return parse_account(text)
+
+
 STREAM = _Parsed("stream", parse_stream)
 RATE = _Parsed("rate", units.parse_rate)
 SIZE = _Parsed("size", units.parse_size)
 PAGE_SIZE = _Parsed("size", parse_page_size)
 DURATION = _Parsed("duration", units.parse_duration)
 NAME = _Parsed("name", runtime.check_name)
+USER = _Parsed("user", _parse_user)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, the last line of stdout.")
 socket_option = click.option(

@@ -37,6 +37,7 @@ class Options:
     exports: tuple[str, ...] = ()  # addresses on which the blocks are given out over NBD
     device_state: str | None = None  # the file for what an incoming migration says of its devices
     keeper_restarts: bool = True  # the keeper is our parent and starts us again; else it ends with us
+    findable: bool = False  # its socket lies where all look, whoever may attach: it is not its starter's (--user)
 
     @property
     def takes_migration(self) -> bool:

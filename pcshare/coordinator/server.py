@@ -29,6 +29,7 @@ from pcshare.coordinator.opening import close_sources
 from pcshare.coordinator.options import STREAM_EAGER, STREAM_LAZY, STREAM_PAUSED, STREAM_RATE, Options
 from pcshare.coordinator.parent import ParentLink
 from pcshare.coordinator.takeover import (
+    DEVICE,
     EXPORT,
     HELPER_TABLE,
     INCOMING,
@@ -187,7 +188,7 @@ class Server:
     def _take_name(self) -> str:
         """The socket's path, once nobody living has the name and what a dead one left is gone."""
         options = self.options
-        make = runtime.shared_socket_path if options.shared else runtime.socket_path
+        make = runtime.shared_socket_path if options.shared or options.findable else runtime.socket_path
         path = make(options.name, create_dir=True)
         if status.in_use(options.name):
             raise status.name_in_use(options.name)
@@ -276,6 +277,8 @@ class Server:
             store.put(INCOMING, [one.fileno() for one in self.incoming.sockets])
         if self._parent is not None:
             store.put(PARENT, [self._parent.fileno()])
+        if (device := fds.inherited_uffd_device()) is not None:
+            store.put(DEVICE, [device.fileno()])
         if not self.options.keeper_restarts:
             store.put(KEEPER, [self._keeper.socket_fd])
         self._keep_state()  # last: with it the rest counts

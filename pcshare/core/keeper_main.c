@@ -4,6 +4,7 @@
  * its exit code. With --serve it serves the given socket. Started by exec, so that no process inherits its mappings.
  */
 #include "keeper_internal.h"
+#include "uffd.h"
 
 #include <signal.h>
 #include <stdio.h>
@@ -33,9 +34,20 @@ static void protect_memory(void)
         prctl(PR_SET_DUMPABLE, 0);
 }
 
+/* Opened by root for a coordinator that is another user's (--user). The coordinator inherits it too, each time it is
+ * started. */
+static void inherit_device(void)
+{
+    const char *number = getenv("PCSHARE_DEVICE_FD");
+
+    if (number && *number)
+        uffd_inherit_device(atoi(number));
+}
+
 int main(int argc, char **argv)
 {
     protect_memory();
+    inherit_device();
     prctl(PR_SET_NAME, "pcshare-keeper");
     if (argc == 3 && strcmp(argv[1], "--serve") == 0)
         return serve_socket(atoi(argv[2]));

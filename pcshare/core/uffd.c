@@ -67,6 +67,13 @@ static int uffd_from_device_path(void)
     return uffd;
 }
 
+static int inherited_device_fd = -1;
+
+void uffd_inherit_device(int device_fd)
+{
+    inherited_device_fd = device_fd;
+}
+
 int uffd_open(int device_fd, int *user_mode_onlyp)
 {
     int uffd = -EBADF;
@@ -76,6 +83,8 @@ int uffd_open(int device_fd, int *user_mode_onlyp)
         uffd = uffd_from_device(device_fd);
     if (uffd < 0)
         uffd = uffd_from_device_path();
+    if (uffd < 0 && inherited_device_fd >= 0)
+        uffd = uffd_from_device(inherited_device_fd);
     if (uffd < 0)
         uffd = uffd_from_syscall(0);
     if (uffd == -EPERM) {
