@@ -269,7 +269,7 @@ if __name__ == "__main__":
         packages=[*find_packages(include=["pcshare", "pcshare.*"]), "pcshare_helpers", "pcshare_helpers.hostile"],
         package_dir={"pcshare_helpers": "helpers"},
         package_data={
-            "pcshare": ["py.typed"],
+            "pcshare": ["py.typed", "systemd/*.service"],
             "pcshare.core": ["*.h", "*.pyi"],
             "pcshare_helpers": ["*.c", "*.h"],
             "pcshare_helpers.hostile": ["*.c", "*.h"],

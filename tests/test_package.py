@@ -145,6 +145,7 @@ def test_wheel_carries_executables_sources_and_helpers(tree: Path) -> None:
     wanted = {f"pcshare_helpers/{path.relative_to(ROOT / 'helpers')}" for path in helpers}
     wanted |= {f"pcshare/{path.relative_to(ROOT / 'pcshare')}" for path in (ROOT / "pcshare").rglob("*.py")}
     wanted |= {f"pcshare/core/{path.name}" for path in CORE.glob("*.h")}
+    wanted.add("pcshare/systemd/pcshare@.service")
     wanted |= {"pcshare/py.typed", "pcshare/core/_core.pyi", "pcshare/core/_core.abi3.so", "pcshare/_bin/libpcshare.a"}
     assert wanted - set(modes) == set()
     assert [name for name in modes if name.startswith(("tests/", "helpers/"))] == []
