@@ -1,8 +1,8 @@
 """support_seccomp: runs a command on a host without userfaultfd: a seccomp filter refuses every way to one.
 
-As a program: ``python support_seccomp.py ERRNO|kill COMMAND...`` installs the filter and becomes the command. The
-filter refuses the system call, and the ioctl by which an open /dev/userfaultfd makes a uffd. It passes on to children
-and cannot be taken off.
+As a program: ``python support_seccomp.py ERRNO|kill [--device-works] COMMAND...`` installs the filter and becomes the
+command. The filter refuses the system call, and, unless said otherwise, the ioctl by which an open /dev/userfaultfd
+makes a uffd. It passes on to children and cannot be taken off.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def is_supported() -> bool:
     return platform.machine() in NUMBERS
 
 
-def refuse_userfaultfd(answer: int) -> None:
+def refuse_userfaultfd(answer: int, *, device_works: bool = False) -> None:
     """From now on, for this process and its children, for ever; answer is what the filter returns."""
     userfaultfd, ioctl = NUMBERS[platform.machine()]
     instructions = (
@@ -54,10 +54,15 @@ def refuse_userfaultfd(answer: int) -> None:
         Instruction(BPF_JUMP_EQUAL, 4, 0, userfaultfd),
         Instruction(BPF_JUMP_EQUAL, 0, 2, ioctl),
         Instruction(BPF_LOAD_WORD, 0, 0, OFFSET_ARGUMENT_1),
-        Instruction(BPF_JUMP_EQUAL, 1, 0, DEVICE_NEW),
+        Instruction(BPF_JUMP_EQUAL, 0 if device_works else 1, 0, DEVICE_NEW),
         Instruction(BPF_RETURN, 0, 0, RETURN_ALLOW),
         Instruction(BPF_RETURN, 0, 0, answer),
     )
+    install(instructions)
+
+
+def install(instructions: Sequence[Instruction]) -> None:
+    """A filter of these, from now on, for this process and its children, for ever."""
     array = (Instruction * len(instructions))(*instructions)
     program = Program(len(instructions), array)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -71,15 +76,25 @@ def refuse_userfaultfd(answer: int) -> None:
             raise OSError(ctypes.get_errno(), "prctl")
 
 
+def under_filter(answer: str = "EPERM", *, device_works: bool = False) -> list[str]:
+    """Words of a command that runs another one under the filter."""
+    words = [sys.executable, str(Path(__file__).resolve()), answer]
+    return [*words, "--device-works"] if device_works else words
+
+
 def run_without_userfaultfd(
     arguments: Sequence[str], answer: str = "EPERM", timeout_s: float = 60.0
 ) -> subprocess.CompletedProcess[str]:
     """Runs python with these arguments under the filter. answer: the name of an errno, or "kill"."""
-    command = [sys.executable, str(Path(__file__).resolve()), answer, sys.executable, *arguments]
+    command = [*under_filter(answer), sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
 if __name__ == "__main__":
-    code = sys.argv[1]
-    refuse_userfaultfd(RETURN_KILL if code == "kill" else RETURN_ERRNO | getattr(errno, code))
-    os.execv(sys.argv[2], sys.argv[2:])
+    code, words = sys.argv[1], sys.argv[2:]
+    device_works = words[0] == "--device-works"
+    refuse_userfaultfd(
+        RETURN_KILL if code == "kill" else RETURN_ERRNO | getattr(errno, code), device_works=device_works
+    )
+    words = words[1:] if device_works else words
+    os.execv(words[0], words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import os
 import re
 import shlex
@@ -285,6 +286,14 @@ def test_time_limits_of_sources_are_those_of_the_code() -> None:
 def test_every_python_block_compiles(page: Path) -> None:
     for body in code_blocks(text_of(page), "python"):
         ast.parse(body, str(page))
+
+
+def test_every_json_block_is_json_and_that_of_containers_lets_userfaultfd_through() -> None:
+    for page in PAGES:
+        for body in code_blocks(text_of(page), "json"):
+            json.loads(body)
+    (entry,) = map(json.loads, code_blocks(text_of(DOCS / "how-to" / "containers.md"), "json"))
+    assert entry == {"names": ["userfaultfd"], "action": "SCMP_ACT_ALLOW"}
 
 
 @pytest.fixture

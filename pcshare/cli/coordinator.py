@@ -136,10 +136,10 @@ def _run(socket_fd: OwnedFd | None, kept: Kept, parent: ParentLink | None, given
     _protect(debug)
     if given["user"] is not None:
         account.verify(given["user"])
-    _inherit_device(kept, by_number=socket_fd is None or not kept)
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="pcshare: %(message)s")
     store = FdStore.found()
     store.know(kept)
+    _inherit_device(kept, by_number=socket_fd is None or not kept)
     server = Server(chosen, _keeper(socket_fd, kept), parent, store, Predecessor.found(kept))
     with options.stop_signals(server.stop), _ended(server):
         is_first = server.start()
