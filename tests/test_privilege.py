@@ -415,3 +415,41 @@ def test_user_who_cannot_reach_the_program_is_told_so(folder: Path) -> None:
     assert done.returncode == EXIT_HOST, done
     assert f"cannot reach {path}" in done.stderr
     assert "/opt/pcshare" in done.stderr
+
+
+def where_only_the_device_works() -> list[str]:
+    return [*reachable(), *support_seccomp.under_filter("EPERM", device_works=True)]
+
+
+@needs_seccomp
+def test_coordinator_without_a_keeper_above_it_becomes_the_user_too(data_file: Path, content: bytes) -> None:
+    """And the keeper that it starts, which gets the device."""
+    needs_device()
+    options = as_nobody("--no-keeper")
+    with (
+        coordinator(f"data={data_file}", options=options, within=where_only_the_device_works()) as served,
+        HelperProcess(served.socket, uid=NOBODY) as helper,
+    ):
+        assert [status_of(pid)["Uid"] for pid in processes_of(served)] == [[str(NOBODY)] * 4] * 2
+        helper.do("b = attach();" + FAULT_INSIDE.format(page=1))
+        assert helper.do("os.pread(fd, 100, 0)") == content[PAGE:][:100]
+
+
+@needs_seccomp
+def test_killed_coordinator_is_started_again_as_that_user_and_has_the_device(data_file: Path, content: bytes) -> None:
+    """P5: the device is among what is kept; there is no other way to a userfaultfd here."""
+    needs_device()
+    with (
+        coordinator(f"data={data_file}", options=as_nobody(), within=where_only_the_device_works()) as served,
+        HelperProcess(served.socket, uid=NOBODY) as helper,
+        HelperProcess(served.socket, uid=NOBODY) as newcomer,
+    ):
+        helper.do("b = attach();" + FAULT_INSIDE.format(page=1))
+        os.kill(served.pid, signal.SIGKILL)
+        wait_until(lambda: served.status().alive and served.status().pid != served.pid, "another coordinator")
+        assert status_of(served.status().pid)["Uid"] == [str(NOBODY)] * 4
+        helper.do(FAULT_INSIDE.format(page=2))
+        assert helper.do("os.pread(fd, 100, 0)") == content[2 * PAGE :][:100]
+        newcomer.do("b = attach();" + FAULT_INSIDE.format(page=3))
+        assert newcomer.do("os.pread(fd, 100, 0)") == content[3 * PAGE :][:100]
+        assert served.block("data").foreign_pages == 0
