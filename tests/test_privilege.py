@@ -453,3 +453,20 @@ def test_killed_coordinator_is_started_again_as_that_user_and_has_the_device(dat
         newcomer.do("b = attach();" + FAULT_INSIDE.format(page=3))
         assert newcomer.do("os.pread(fd, 100, 0)") == content[3 * PAGE :][:100]
         assert served.block("data").foreign_pages == 0
+
+
+def test_coordinator_that_became_a_user_makes_way_for_one_of_that_user(data_file: Path, content: bytes) -> None:
+    """By root's order; the options of the first command line hold, and it has nothing of root either."""
+    needs_device()
+    with (
+        coordinator(f"data={data_file}", options=as_nobody(), within=reachable()) as served,
+        HelperProcess(served.socket, uid=NOBODY) as helper,
+    ):
+        helper.do("b = attach(); read(b, 0)")
+        done = run(reachable(), *PCSHARE, "coordinator", f"--name={served.name}", "--replace", "--json")
+        assert done.returncode == 0, done.stderr
+        now = served.status().pid
+        assert now != served.pid
+        assert (status_of(now)["Uid"], status_of(now)["CapEff"]) == ([str(NOBODY)] * 4, ["0" * 16])
+        helper.do(FAULT_INSIDE.format(page=8))
+        assert helper.do("os.pread(fd, 100, 0)") == content[8 * PAGE :][:100]

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from pcshare.cli.coordinator import command
+from pcshare.core import lib
 from support import needs
 from support_coordinator import EXECUTABLES, coordinator
 from support_serving import NOBODY, PAGE, make_file
@@ -57,7 +58,7 @@ def test_unit_keeps_fds_over_a_restart_and_ends_its_processes_in_order() -> None
     """The keeper is its main process, the coordinator tells of readiness, and SIGTERM goes to the keeper alone."""
     told = settings()
     assert (told["Type"], told["NotifyAccess"], told["KillMode"]) == ("notify", "all", "mixed")
-    assert int(told["FileDescriptorStoreMax"]) >= 2 * 1024
+    assert int(told["FileDescriptorStoreMax"]) >= 2 * lib.STATUS_HELPERS_MAX
     assert told["FileDescriptorStorePreserve"] == "restart"
     assert (told["Restart"], told["RestartPreventExitStatus"]) == ("on-failure", "2 3")
 
