@@ -77,8 +77,8 @@ struct uffd_message {
  * through /dev/userfaultfd, then the system call, then the system call for user-mode faults only. *user_mode_onlyp says
  * which. */
 int uffd_open(int device_fd, int *user_mode_onlyp);
-/* From now on uffd_open() takes this one where the process may not open the device itself: it was opened before root was
- * given up. It stays the caller's, and open. Before any thread. */
+/* From now on uffd_open() takes this one where the process may not open the device itself: it was opened before root
+ * was given up. It stays the caller's, and open. Before any thread. */
 void uffd_inherit_device(int device_fd);
 /* The API handshake with exactly these features; featuresp and ioctlsp (each may be NULL) get what the kernel offers.
  */
