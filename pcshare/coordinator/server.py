@@ -203,12 +203,10 @@ class Server:
     def _start_serving(self) -> None:
         """Everything that serves, and nothing yet to be served."""
         options, before = self.options, self._predecessor
-        header = self._segment.header
-        self._stream_before = (int(header.stream_mode), int(header.stream_rate))
-        self.fault_threads = FaultThreads(header)
+        self.fault_threads = FaultThreads(self._segment.header)
         self._closing.callback(self.fault_threads.close)
         self._closing.callback(self.blocks.close)
-        self.fault_threads.set_stream(STREAM_LAZY)  # not before every block is there
+        self.fault_threads.hold_stream()  # not before every block is there; we may yet die on the way
         self.fault_threads.start(_cpus(options.fault_threads))
         table = before.helpers if before else HelperTable()
         self._closing.callback(table.close)
@@ -260,7 +258,7 @@ class Server:
         if mode != STREAM_PAUSED:
             self._resume_mode = (mode, rate)
         if as_before:
-            mode, rate = self._stream_before
+            mode, rate = int(self._segment.header.stream_mode), int(self._segment.header.stream_rate)
         self.fault_threads.set_stream(mode, rate)
 
     def _keep(self) -> None:
