@@ -31,7 +31,7 @@ from support_coordinator import Helper as Program
 from support_coordinator import coordinator, die_with_parent
 from support_nbd import RealServer, nbdkit
 from support_serving import HUGE_PAGE, PAGE, WAIT_S, HelperProcess, make_file
-from support_takeover import Restarting, restarting
+from support_takeover import restarting
 
 N_PAGES = 300
 LENGTH = N_PAGES * PAGE - 11
@@ -539,20 +539,22 @@ def test_what_was_received_is_not_asked_for_again(
     """P5, P6: each byte travels once, but for what was on its way at a death."""
     path = make_file(tmp_path, rng, 8 * MIB)
     content = path.read_bytes()
-    with logging_server(server_folder, path, "rdelay=5ms") as (server, log):
-        with restarting(f"data={server.uri()}", options=["--stream=20M"]) as served:
-            helper = served.attached()
-            wait_until(lambda: served.block().received_pages > 200, "a part of it", WAIT_S)
-            with served.away():
-                asked_before = len(logged_reads(log))
-                received = [page for page in range(8 * MIB // PAGE) if is_received(helper, page)]
-                assert len(received) > 200
-            served.order(AdminOp.STREAM_EAGER)
-            served.wait_for_state("END")
-            reads = [one for one in logged_reads(log)[asked_before:] if len(one) > CHECK_BYTES]
-            asked = [page for one in reads for page in pages_of(one)]
-            assert not set(asked) & set(received), sorted(set(asked) & set(received))
-            assert helper.do("bytes(b)") == content
+    with (
+        logging_server(server_folder, path, "rdelay=5ms") as (server, log),
+        restarting(f"data={server.uri()}", options=["--stream=20M"]) as served,
+    ):
+        helper = served.attached()
+        wait_until(lambda: served.block().received_pages > 200, "a part of it", WAIT_S)
+        with served.away():
+            asked_before = len(logged_reads(log))
+            received = [page for page in range(8 * MIB // PAGE) if is_received(helper, page)]
+            assert len(received) > 200
+        served.order(AdminOp.STREAM_EAGER)
+        served.wait_for_state("END")
+        reads = [one for one in logged_reads(log)[asked_before:] if len(one) > CHECK_BYTES]
+        asked = [page for one in reads for page in pages_of(one)]
+        assert not set(asked) & set(received), sorted(set(asked) & set(received))
+        assert helper.do("bytes(b)") == content
 
 
 def is_received(helper: HelperProcess, page: int) -> bool:
@@ -565,39 +567,43 @@ def test_server_that_is_away_during_the_restart(
     """P3, P6: the block is paused, and goes on when the server is back."""
     path = make_file(tmp_path, rng, 2 * MIB)
     content = path.read_bytes()
-    with logging_server(server_folder, path) as (server, _):
-        with restarting(f"data={server.uri()}", options=LAZY) as served:
-            helper = served.attached()
-            assert helper.do(f"read(b, 0, {PAGE})") == page_at(content, 0)
-            with served.away():
-                server.kill()
-            touch = helper.start(f"read(b, {9 * PAGE}, {PAGE})")
-            block = served.wait_for_state("PAUSED")
-            assert block.reason
-            assert served.attached().do(f"read(b, 0, {PAGE})") == page_at(content, 0)
-            served.restart()  # once more: who is paused dies too
-            served.wait_for_state("PAUSED")
-            assert not touch.is_done()
-            server.start()
-            assert touch.result() == page_at(content, 9)
-            served.wait_for_state("RUNNING")
-            assert helper.do("bytes(b)") == content
+    with (
+        logging_server(server_folder, path) as (server, _),
+        restarting(f"data={server.uri()}", options=LAZY) as served,
+    ):
+        helper = served.attached()
+        assert helper.do(f"read(b, 0, {PAGE})") == page_at(content, 0)
+        with served.away():
+            server.kill()
+        touch = helper.start(f"read(b, {9 * PAGE}, {PAGE})")
+        block = served.wait_for_state("PAUSED")
+        assert block.reason
+        assert served.attached().do(f"read(b, 0, {PAGE})") == page_at(content, 0)
+        served.restart()  # once more: who is paused dies too
+        served.wait_for_state("PAUSED")
+        assert not touch.is_done()
+        server.start()
+        assert touch.result() == page_at(content, 9)
+        served.wait_for_state("RUNNING")
+        assert helper.do("bytes(b)") == content
 
 
 def test_source_and_coordinator_die_together(
     runtime_dir: Path, server_folder: Path, tmp_path: Path, rng: random.Random
 ) -> None:
     path = make_file(tmp_path, rng, 4 * MIB)
-    with logging_server(server_folder, path, "rdelay=10ms") as (server, _):
-        with restarting(f"data={server.uri()}") as served:
-            helper = served.attached()
-            reading = helper.start("bytes(b)")
-            for _ in range(3):
-                server.kill()
-                before = served.kill()
-                server.start()
-                served.wait_for_restart(before)
-            assert reading.result() == path.read_bytes()
+    with (
+        logging_server(server_folder, path, "rdelay=10ms") as (server, _),
+        restarting(f"data={server.uri()}") as served,
+    ):
+        helper = served.attached()
+        reading = helper.start("bytes(b)")
+        for _ in range(3):
+            server.kill()
+            before = served.kill()
+            server.start()
+            served.wait_for_restart(before)
+        assert reading.result() == path.read_bytes()
 
 
 def test_command_that_is_the_source_is_started_again(runtime_dir: Path, data_file: Path, content: bytes) -> None:
