@@ -97,9 +97,7 @@ def test_death_before_listen_forgets_what_came(scene: Scene) -> None:
         source.precopy(share=0.5)
         wait_until(lambda: scene.served.status().state == "ADVISE", "the blocks to be announced", WAIT_S)
         scene.served.restart()
-        with pytest.raises(HungUp):
-            source.precopy()
-            source.finish_precopy()
+        source.return_path.wait_for_hang_up()
         source.close()
 
     with playing(broken, script):

@@ -142,7 +142,9 @@ class Server:
         self._features = before.state.features if before else probe.wanted_features(report.features)
         _raise_fd_limit()
         path = self._socket_path = before.state.socket_path if before else self._take_name()
-        self.exports = Exports(options.exports, before.take_numbered(EXPORT) if before else None)
+        listening = before.take_numbered(EXPORT) if before else {}
+        self._n_exports_kept = len(listening)
+        self.exports = Exports(options.exports, listening)
         self._closing.callback(self.exports.close)
         taken = before.take(SEGMENT) if before else None
         self._segment = status.SegmentWriter(options.name, path, shared=options.shared, taken=taken)
@@ -269,8 +271,7 @@ class Server:
         for block in self.blocks:
             if (fd := block.source.kept_fd()) is not None:
                 store.put(f"{SOURCE}{block.index}", [fd])
-        for number, sockets in enumerate(self.exports.sockets):
-            store.put(f"{EXPORT}{number}", [one.fileno() for one in sockets])
+        self._keep_exports()
         if self.incoming is not None:
             store.put(INCOMING, [one.fileno() for one in self.incoming.sockets])
         if self._parent is not None:
@@ -280,6 +281,11 @@ class Server:
         if not self.options.keeper_restarts:
             store.put(KEEPER, [self._keeper.socket_fd])
         self._keep_state()  # last: with it the rest counts
+
+    def _keep_exports(self) -> None:
+        """Those that are new: all, but where others were given with --replace."""
+        for number, sockets in list(enumerate(self.exports.sockets))[self._n_exports_kept :]:
+            self._store.put(f"{EXPORT}{number}", [one.fileno() for one in sockets])
 
     def _keeper_identity(self) -> tuple[int, int]:
         """Its pid and its start: no other keeper has both."""
@@ -314,6 +320,7 @@ class Server:
 
     def _tell_ready(self, path: str) -> None:
         if self._predecessor is not None:
+            self._keep_exports()
             self._segment.note_restart()
         else:
             self._keep()
@@ -519,7 +526,7 @@ class Server:
 
     def leave(self) -> None:
         """Lets go of the sources, politely, and of nothing else: the next one goes on with the rest."""
-        self.exports.close()
+        self.exports.end_exporter()
         self.fault_threads.stop()
         self.blocks.close()
 
