@@ -140,7 +140,8 @@ def _run(socket_fd: OwnedFd | None, kept: Kept, parent: ParentLink | None, given
     store = FdStore.found()
     store.know(kept)
     _inherit_device(kept, by_number=socket_fd is None or not kept)
-    server = Server(chosen, _keeper(socket_fd, kept), parent, store, Predecessor.found(kept))
+    before = Predecessor.found(kept, store)
+    server = Server(chosen, _keeper(socket_fd, kept), parent, store, before)
     with options.stop_signals(server.stop), _ended(server):
         is_first = server.start()
         if parent is None and is_first:
