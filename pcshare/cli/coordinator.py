@@ -11,7 +11,6 @@ import ctypes
 import errno
 import logging
 import os
-import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -199,6 +198,8 @@ def _ended(server: Server) -> Iterator[None]:
 
 def _take_place(name: str, as_json: bool) -> int:
     """Has a living coordinator make way for this program, with the options of this command line, and waits for that."""
+    import secrets
+
     from pcshare import admin, status
 
     token = secrets.token_hex(8)

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from pcshare.coordinator.links import LinkReports
 from pcshare.coordinator.opening import close_sources, open_sources
 from pcshare.coordinator.options import Options
@@ -451,6 +449,8 @@ def _placing_failed(block: Block, event: FaultEvent) -> str:
 
 def memory_at_hand() -> int:
     """Bytes: what is available here, or what the control group leaves, if that is less."""
+    import psutil  # late: nobody waits for a page then
+
     available = int(psutil.virtual_memory().available)
     for name in CGROUP_LIMIT_FILES:
         try:

@@ -17,14 +17,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pcshare import fds, probe, runtime, status
 from pcshare.coordinator.blocks import Blocks
 from pcshare.coordinator.exports import Exports
 from pcshare.coordinator.handshake import Handshake
 from pcshare.coordinator.helpers import Helpers
-from pcshare.coordinator.incoming import IncomingMigration, incoming_source
 from pcshare.coordinator.opening import close_sources
 from pcshare.coordinator.options import STREAM_EAGER, STREAM_LAZY, STREAM_PAUSED, STREAM_RATE, Options
 from pcshare.coordinator.parent import ParentLink
@@ -54,6 +53,9 @@ from pcshare.state import State
 from pcshare.store import FdStore
 from pcshare.trace import TraceFile
 from pcshare.transport import Listener
+
+if TYPE_CHECKING:
+    from pcshare.coordinator.incoming import IncomingMigration
 
 log = logging.getLogger("pcshare")
 
@@ -180,6 +182,8 @@ class Server:
                 hint="use --on-source-loss pause, or Linux 6.6 or later",
             )
         if self.options.takes_migration:
+            from pcshare.coordinator.incoming import incoming_source  # late: a third of what a restart takes
+
             incoming_source(self.options)
         elif self.options.device_state is not None:
             raise UsageError(
@@ -229,6 +233,8 @@ class Server:
             self.blocks.add(source, self._keeper, self.fault_threads)
 
     def _make_incoming(self, taken: list[OwnedFd]) -> IncomingMigration:
+        from pcshare.coordinator.incoming import IncomingMigration
+
         self.incoming = IncomingMigration(
             self.options, self.blocks, self._segment, self._keeper, self.fault_threads, self._listened, taken
         )
