@@ -106,6 +106,10 @@ class FaultThreads:
         """mode: STATUS_STREAM_*; rate in bytes a second."""
         lib.fault_threads_set_stream(self.pointer, mode, rate)
 
+    def hold_stream(self) -> None:
+        """Nothing is streamed before set_stream; the status goes on saying what it says."""
+        lib.fault_threads_hold_stream(self.pointer)
+
     def add_remote(
         self, block: RAMBlock, uffd: OwnedFd, control: OwnedFd, maps: Sequence[tuple[int, int, int]], status: Any
     ) -> int:

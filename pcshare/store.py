@@ -86,9 +86,10 @@ class FdStore:
             log.warning("not kept for a restart (%s): %s", text.splitlines()[-1], error.strerror)
 
     def close(self) -> None:
-        """Twice is fine."""
+        """Nothing is told from here on. Twice is fine."""
         if self._datagrams is not None:
             self._datagrams.close()
+        self._datagrams = None
 
 
 def kept_fds(environment: Mapping[str, str] | None = None) -> Kept:

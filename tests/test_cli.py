@@ -247,7 +247,7 @@ def test_status_answers_while_the_coordinator_is_stopped(lazy: pcshare.Coordinat
 
 
 def test_status_of_a_dead_coordinator_exits_1_and_still_tells(source: Path) -> None:
-    with pcshare.Coordinator(blocks={"data": str(source)}) as coordinator:
+    with pcshare.Coordinator(blocks={"data": str(source)}, keeper=False) as coordinator:
         assert coordinator.pid is not None
         os.kill(coordinator.pid, signal.SIGKILL)
         wait_until(lambda: not read_status(coordinator.name).alive, "dead")

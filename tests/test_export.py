@@ -232,6 +232,7 @@ def test_exporter_that_is_killed_is_replaced(runtime_dir: Path, big: Path) -> No
 def test_exporter_ends_with_a_coordinator_that_is_killed(runtime_dir: Path, big: Path) -> None:
     name = f"killed-{os.getpid()}"
     command = [*PCSHARE, "coordinator", "--json", f"--name={name}", f"--export={runtime_dir}/x.sock", f"data={big}"]
+    command.append("--no-keeper")
     with subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=die_with_parent) as process:
         assert process.stdout is not None
         process.stdout.readline()

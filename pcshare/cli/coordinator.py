@@ -11,7 +11,6 @@ import ctypes
 import errno
 import logging
 import os
-import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -140,7 +139,8 @@ def _run(socket_fd: OwnedFd | None, kept: Kept, parent: ParentLink | None, given
     store = FdStore.found()
     store.know(kept)
     _inherit_device(kept, by_number=socket_fd is None or not kept)
-    server = Server(chosen, _keeper(socket_fd, kept), parent, store, Predecessor.found(kept))
+    before = Predecessor.found(kept, store)
+    server = Server(chosen, _keeper(socket_fd, kept), parent, store, before)
     with options.stop_signals(server.stop), _ended(server):
         is_first = server.start()
         if parent is None and is_first:
@@ -198,6 +198,8 @@ def _ended(server: Server) -> Iterator[None]:
 
 def _take_place(name: str, as_json: bool) -> int:
     """Has a living coordinator make way for this program, with the options of this command line, and waits for that."""
+    import secrets
+
     from pcshare import admin, status
 
     token = secrets.token_hex(8)

@@ -172,8 +172,10 @@ def print_json(told: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def stop_signals(stop: Callable[[], None]) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP call stop: held from before the start until after the end, so that none of them cuts
-    off the clearing up. For the main thread of a command that serves and does nothing else."""
+    off the clearing up. For the main thread of a command that serves and does nothing else. One that came before, and
+    was blocked by a keeper, is heard now."""
     before = {number: signal.signal(number, lambda *_: stop()) for number in STOP_SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

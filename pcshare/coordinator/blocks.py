@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from pcshare.coordinator.links import LinkReports
 from pcshare.coordinator.opening import close_sources, open_sources
 from pcshare.coordinator.options import Options
@@ -167,7 +165,8 @@ class Blocks:
         they see goes back."""
         block = self._by_index[kept.index] = Block(source, kept.index, region)
         block.memory = kept.source
-        ram = self._make_ram(block, keeper, kept.page_size, source.extents, KeptMemory(kept.keeper_block))
+        memory = KeptMemory(kept.keeper_block)
+        ram = self._make_ram(block, keeper, kept.page_size, source.extents, memory, kept.writable)
         block.cell = StateCell(State.LISTENING)
         patience_s = self._options.source_timeout_s if self._options.poison else None
         source.watch(self.links.of_block(block.index), patience_s)
@@ -213,7 +212,9 @@ class Blocks:
         page_size: int,
         extents: Sequence[tuple[int, int]] | CoreExtents,
         memory: DeferredMemory | KeptMemory | None = None,
+        writable: bool | None = None,
     ) -> RAMBlock:
+        """writable: of a block that is so, or not, already."""
         source = block.source
         try:
             block.ram = RAMBlock(
@@ -221,7 +222,7 @@ class Blocks:
                 block.idstr,
                 used_length=source.used_length,
                 page_size=page_size,
-                writable=self.is_writable(source),
+                writable=self.is_writable(source) if writable is None else writable,
                 extents=extents,
                 index=block.index,
                 status=self._segment.block_slot(block.index),
@@ -448,6 +449,8 @@ def _placing_failed(block: Block, event: FaultEvent) -> str:
 
 def memory_at_hand() -> int:
     """Bytes: what is available here, or what the control group leaves, if that is less."""
+    import psutil  # late: nobody waits for a page then
+
     available = int(psutil.virtual_memory().available)
     for name in CGROUP_LIMIT_FILES:
         try:

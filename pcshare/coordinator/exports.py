@@ -124,10 +124,14 @@ class Exports:
 
     # -- end
 
-    def close(self) -> None:
-        """Ends the exporter and closes the sockets. Twice is fine."""
+    def end_exporter(self) -> None:
+        """The sockets go on listening: the coordinator after this one starts another."""
         if self._process is not None:
             self._end(self._process)
+
+    def close(self) -> None:
+        """Ends the exporter and closes the sockets. Twice is fine."""
+        self.end_exporter()
         for listening in self._listening:
             listening.close()
         self._listening.clear()

@@ -177,6 +177,7 @@ class Helpers:
             status.block_index, status.pid, status.uid = one.block_index, one.pid, one.uid
             status.state = SlotState.ATTACHED
             self._segment.header.helpers_joined += 1
+        status.waiting = 0  # who waits faults again, and is counted again
         with uffd:
             identity = uffd.inspect(self._features)
             remote_id = self._serve(block, connection, uffd, one.maps, status)

@@ -17,14 +17,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pcshare import fds, probe, runtime, status
 from pcshare.coordinator.blocks import Blocks
 from pcshare.coordinator.exports import Exports
 from pcshare.coordinator.handshake import Handshake
 from pcshare.coordinator.helpers import Helpers
-from pcshare.coordinator.incoming import IncomingMigration, incoming_source
 from pcshare.coordinator.opening import close_sources
 from pcshare.coordinator.options import STREAM_EAGER, STREAM_LAZY, STREAM_PAUSED, STREAM_RATE, Options
 from pcshare.coordinator.parent import ParentLink
@@ -54,6 +53,9 @@ from pcshare.state import State
 from pcshare.store import FdStore
 from pcshare.trace import TraceFile
 from pcshare.transport import Listener
+
+if TYPE_CHECKING:
+    from pcshare.coordinator.incoming import IncomingMigration
 
 log = logging.getLogger("pcshare")
 
@@ -142,7 +144,9 @@ class Server:
         self._features = before.state.features if before else probe.wanted_features(report.features)
         _raise_fd_limit()
         path = self._socket_path = before.state.socket_path if before else self._take_name()
-        self.exports = Exports(options.exports, before.take_numbered(EXPORT) if before else None)
+        listening = before.take_numbered(EXPORT) if before else {}
+        self._n_exports_kept = len(listening)
+        self.exports = Exports(options.exports, listening)
         self._closing.callback(self.exports.close)
         taken = before.take(SEGMENT) if before else None
         self._segment = status.SegmentWriter(options.name, path, shared=options.shared, taken=taken)
@@ -178,6 +182,8 @@ class Server:
                 hint="use --on-source-loss pause, or Linux 6.6 or later",
             )
         if self.options.takes_migration:
+            from pcshare.coordinator.incoming import incoming_source  # late: a third of what a restart takes
+
             incoming_source(self.options)
         elif self.options.device_state is not None:
             raise UsageError(
@@ -203,12 +209,10 @@ class Server:
     def _start_serving(self) -> None:
         """Everything that serves, and nothing yet to be served."""
         options, before = self.options, self._predecessor
-        header = self._segment.header
-        self._stream_before = (int(header.stream_mode), int(header.stream_rate))
-        self.fault_threads = FaultThreads(header)
+        self.fault_threads = FaultThreads(self._segment.header)
         self._closing.callback(self.fault_threads.close)
         self._closing.callback(self.blocks.close)
-        self.fault_threads.set_stream(STREAM_LAZY)  # not before every block is there
+        self.fault_threads.hold_stream()  # not before every block is there; we may yet die on the way
         self.fault_threads.start(_cpus(options.fault_threads))
         table = before.helpers if before else HelperTable()
         self._closing.callback(table.close)
@@ -229,6 +233,8 @@ class Server:
             self.blocks.add(source, self._keeper, self.fault_threads)
 
     def _make_incoming(self, taken: list[OwnedFd]) -> IncomingMigration:
+        from pcshare.coordinator.incoming import IncomingMigration
+
         self.incoming = IncomingMigration(
             self.options, self.blocks, self._segment, self._keeper, self.fault_threads, self._listened, taken
         )
@@ -260,7 +266,7 @@ class Server:
         if mode != STREAM_PAUSED:
             self._resume_mode = (mode, rate)
         if as_before:
-            mode, rate = self._stream_before
+            mode, rate = int(self._segment.header.stream_mode), int(self._segment.header.stream_rate)
         self.fault_threads.set_stream(mode, rate)
 
     def _keep(self) -> None:
@@ -271,8 +277,7 @@ class Server:
         for block in self.blocks:
             if (fd := block.source.kept_fd()) is not None:
                 store.put(f"{SOURCE}{block.index}", [fd])
-        for number, sockets in enumerate(self.exports.sockets):
-            store.put(f"{EXPORT}{number}", [one.fileno() for one in sockets])
+        self._keep_exports()
         if self.incoming is not None:
             store.put(INCOMING, [one.fileno() for one in self.incoming.sockets])
         if self._parent is not None:
@@ -282,6 +287,11 @@ class Server:
         if not self.options.keeper_restarts:
             store.put(KEEPER, [self._keeper.socket_fd])
         self._keep_state()  # last: with it the rest counts
+
+    def _keep_exports(self) -> None:
+        """Those that are new: all, but where others were given with --replace."""
+        for number, sockets in list(enumerate(self.exports.sockets))[self._n_exports_kept :]:
+            self._store.put(f"{EXPORT}{number}", [one.fileno() for one in sockets])
 
     def _keeper_identity(self) -> tuple[int, int]:
         """Its pid and its start: no other keeper has both."""
@@ -316,6 +326,7 @@ class Server:
 
     def _tell_ready(self, path: str) -> None:
         if self._predecessor is not None:
+            self._keep_exports()
             self._segment.note_restart()
         else:
             self._keep()
@@ -521,7 +532,7 @@ class Server:
 
     def leave(self) -> None:
         """Lets go of the sources, politely, and of nothing else: the next one goes on with the rest."""
-        self.exports.close()
+        self.exports.end_exporter()
         self.fault_threads.stop()
         self.blocks.close()
 

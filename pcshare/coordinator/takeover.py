@@ -153,9 +153,16 @@ class Predecessor:
         self.helpers = HelperTable(self.take(HELPER_TABLE))
 
     @classmethod
-    def found(cls, kept: Kept) -> Predecessor | None:
-        """None: there was none that served."""
-        return cls(kept) if STATE in kept else None
+    def found(cls, kept: Kept, store: FdStore) -> Predecessor | None:
+        """None: there was none that served. What one has left that died before that is in the way, and goes."""
+        if STATE in kept:
+            return cls(kept)
+        for name, fds in kept.items():
+            store.remove(name)
+            for fd in fds:
+                fd.close()
+        kept.clear()
+        return None
 
     def take(self, name: str) -> OwnedFd:
         """What is kept under the name, and is the caller's from now on."""

@@ -263,6 +263,11 @@ void fault_threads_set_stream(struct fault_threads *ft, uint32_t mode, uint64_t 
             status_block_notify(ft->blocks[i]->block->status);
 }
 
+void fault_threads_hold_stream(struct fault_threads *ft)
+{
+    stream_set(ft, STATUS_STREAM_LAZY, 0);
+}
+
 /* Lost pages are asked for again here: poisoned ones fault no more. */
 static void clear_lost(struct fault_threads *ft, struct ramblock *block)
 {

@@ -83,6 +83,8 @@ int fault_threads_probe_remote(struct fault_threads *ft, uint32_t id);
 
 /* mode: STATUS_STREAM_*; rate in bytes a second for STATUS_STREAM_RATE. */
 void fault_threads_set_stream(struct fault_threads *ft, uint32_t mode, uint64_t rate);
+/* Nothing is streamed before fault_threads_set_stream; the status goes on saying what it says. */
+void fault_threads_hold_stream(struct fault_threads *ft);
 /* Asks a failed source again: outstanding pages, lost pages, the stream's gaps. */
 int fault_threads_resume_block(struct fault_threads *ft, uint32_t block_index);
 

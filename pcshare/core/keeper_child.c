@@ -1,7 +1,7 @@
 /* keeper_child: the coordinator as the keeper's only child: started, heard, and started again when it was killed.
  *
  * It ends for good when it says so (STOPPING=1), when it never served (READY=1), or when whoever ends it signals the
- * keeper; else the keeper never gives up on it. The blocks, and what the store holds, outlive it. With a command named
+ * keeper; else the keeper never gives up on it. Who ends it while none serves gets one more, which clears up. The blocks, and what the store holds, outlive it. With a command named
  * "next" in the store that one is started in its place; if it does not come to serve, the old one is again.
  */
 #define _GNU_SOURCE
@@ -30,7 +30,6 @@ enum { EXIT_NOT_EXECUTABLE = 126, EXIT_NOT_FOUND = 127, EXIT_SIGNAL_BASE = 128 }
 enum {
     RESTART_DELAY_MIN_MS = 100, /* after one that did not come to serve; doubled each time */
     RESTART_DELAY_MAX_MS = 5000,
-    STEADY_MS = 10000, /* who lived so long did not die of its start */
     COMMAND_BYTES_MAX = 128 << 10,
     LISTEN_FDS_START = 3, /* where the protocol of LISTEN_FDS begins */
 };
@@ -52,6 +51,7 @@ struct care {
     char **command;
     char **next; /* is being tried; NULL: none */
     int has_served;
+    int is_last;      /* was started to clear up: nobody follows it */
     int64_t delay_ms; /* before the next start */
     int64_t start_at_ms;
     int exit_code;
@@ -171,7 +171,9 @@ __attribute__((noreturn)) static void run_command(const struct care *c, char **c
     if (getppid() != keeper_pid)
         _exit(EXIT_FAILURE);
     signal(SIGPIPE, SIG_DFL);
-    sigprocmask(SIG_SETMASK, &c->mask_before, NULL);
+    /* One that takes over opens its mask when it can hear: dying of a signal it would leave all behind. */
+    if (!c->has_served)
+        sigprocmask(SIG_SETMASK, &c->mask_before, NULL);
     unsetenv("NOTIFY_SOCKET"); /* what is told to the supervisor is told by us */
     set_number("PCSHARE_KEEPER_FD", keeper_fd);
     set_number("PCSHARE_STORE_FD", told_fd);
@@ -231,6 +233,32 @@ static void take_next_command(struct care *c)
     close(fd);
 }
 
+static void let_go(struct child *child)
+{
+    close_fd(&child->socket_fd);
+    close_fd(&child->told_fd);
+    close_fd(&child->pidfd);
+    child->pid = 0;
+}
+
+/* One whose end we could not see is none. */
+static int watch_child(struct care *c)
+{
+    c->child.pidfd = (int)syscall(SYS_pidfd_open, c->child.pid, 0);
+    if (c->child.pidfd < 0) {
+        int error = errno;
+        kill(c->child.pid, SIGKILL);
+        (void)waitpid(c->child.pid, NULL, 0);
+        let_go(&c->child);
+        return -error;
+    }
+    child_pid = c->child.pid;
+    c->is_last = forwarded != 0;
+    if (forwarded) /* came when there was none: it waits there until it can be heard */
+        kill(c->child.pid, forwarded);
+    return 0;
+}
+
 static int start_child(struct care *c)
 {
     int pair[2], told[2];
@@ -257,9 +285,7 @@ static int start_child(struct care *c)
         return -error;
     }
     c->child = (struct child){.pid = pid, .socket_fd = pair[0], .told_fd = told[0], .started_ms = now_ms()};
-    c->child.pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
-    child_pid = pid;
-    return c->child.pidfd < 0 ? -errno : 0;
+    return watch_child(c);
 }
 
 /* ---- hearing ---- */
@@ -320,19 +346,22 @@ static void give_up_next(struct care *c)
     c->next = NULL;
 }
 
-static void plan_start(struct care *c)
+static void put_off_start(struct care *c)
 {
-    int64_t lived_ms = now_ms() - c->child.started_ms;
-
-    if (c->child.is_ready || c->next)
-        c->delay_ms = 0;
-    else
-        c->delay_ms = c->delay_ms ? 2 * c->delay_ms : RESTART_DELAY_MIN_MS;
-    if (c->child.is_ready && lived_ms < STEADY_MS && lived_ms < RESTART_DELAY_MIN_MS)
-        c->delay_ms = RESTART_DELAY_MIN_MS; /* it serves and dies at once, again and again */
+    c->delay_ms = c->delay_ms ? 2 * c->delay_ms : RESTART_DELAY_MIN_MS;
     if (c->delay_ms > RESTART_DELAY_MAX_MS)
         c->delay_ms = RESTART_DELAY_MAX_MS;
     c->start_at_ms = now_ms() + c->delay_ms;
+}
+
+/* At once, unless that one did not come to serve, or served and died so soon that the next one may well do so too. */
+static void plan_start(struct care *c)
+{
+    if (c->child.is_ready || forwarded)
+        c->delay_ms = 0;
+    c->start_at_ms = now_ms();
+    if (!forwarded && (!c->child.is_ready || now_ms() - c->child.started_ms < RESTART_DELAY_MIN_MS))
+        put_off_start(c);
 }
 
 /* Whether there is to be another one. What it told before it died is heard first. */
@@ -343,13 +372,10 @@ static int bury(struct care *c)
 
     child_pid = 0;
     hear_store(c);
-    int again = c->has_served && !c->child.is_stopping && !forwarded;
+    int again = c->has_served && !c->child.is_stopping && !c->is_last;
     say_end(c, code, was_killed, again);
     give_up_next(c);
-    close_fd(&c->child.socket_fd);
-    close_fd(&c->child.told_fd);
-    close_fd(&c->child.pidfd);
-    c->child.pid = 0;
+    let_go(&c->child);
     keeping_forget_coordinator(c->keeping);
     c->exit_code = code;
     plan_start(c);
@@ -413,18 +439,14 @@ static int turn(struct care *c, struct pollfd **polledp)
         store_read_writers(c->store);
     if (polled[AT_PIDFD].revents && !bury(c))
         return 0;
-    if (c->child.pid)
-        return 1;
-    if (forwarded)
-        return 0;
-    if (now_ms() < c->start_at_ms)
+    if (c->child.pid || (now_ms() < c->start_at_ms && !forwarded))
         return 1;
     int rc = start_child(c);
     if (rc < 0) {
         fprintf(stderr, "pcshare-keeper: starting the coordinator: %s\n", strerror(-rc));
-        plan_start(c);
+        put_off_start(c);
     }
-    return 1;
+    return rc == 0 || !forwarded;
 }
 
 /* Each helper takes two fds here, too: the soft limit is for programs that use select. */

@@ -207,7 +207,8 @@ int store_receive(struct store *s, int socket_fd)
     if (length < 0)
         return length;
     struct told told = parse(text, (size_t)length);
-    forward(s, text, (size_t)length, &told, fds, n_fds);
+    if (strcmp(told.name, STORE_NEXT_COMMAND) != 0) /* is for us alone, and out of date once it was started */
+        forward(s, text, (size_t)length, &told, fds, n_fds);
     if (told.removes)
         store_remove(s, told.name);
     put_all(s, &told, fds, n_fds);

@@ -157,12 +157,14 @@ class Listening:
         self.addresses.append(host_port(host, port))
         return int(port)
 
-    def close(self) -> None:
-        """Closes, and removes the file if it is still ours. Twice is fine."""
+    def close(self, *, and_remove: bool = True) -> None:
+        """Closes, and removes the file if it is still ours, unless others listen there yet. Twice is fine."""
         for listener in self.sockets:
             listener.close()
         self.sockets.clear()
         inode, self._inode = self._inode, None
+        if not and_remove:
+            return
         with contextlib.suppress(OSError):
             found = os.stat(self._path)
             if inode == (found.st_dev, found.st_ino):
@@ -183,7 +185,7 @@ def listen_on(texts: Iterable[str], taken: Mapping[int, Sequence[OwnedFd]] | Non
             listening.append(Listening(address, (taken or {}).get(number, ())))
     except BaseException:
         for one in listening:
-            one.close()
+            one.close(and_remove=not taken)
         raise
     return listening
 

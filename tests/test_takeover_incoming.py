@@ -1,0 +1,319 @@
+"""P5 while a migration comes in: the coordinator is killed before LISTEN, after it, and when all is over. The source
+takes up again what it has not sent, as after any other break; helpers wait, and read what the source holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import wait_until
+from support_migration import HUGE_PAGE, HungUp, Preempt, Source, SourceBlock, playing, to_unix
+from support_qemu import MIB, POSTCOPY, PREEMPT, RAM, UNLIMITED, Guest, Qemu, assert_same_memory
+from support_serving import PAGE, WAIT_S, HelperProcess, Pending
+from support_takeover import Restarting, restarting
+
+ROM = "/rom@etc/acpi/tables"
+RAM_BYTES, ROM_BYTES = 4 * MIB, 32 * PAGE
+N_PAGES = RAM_BYTES // PAGE
+SLOWLY = 2.0 * MIB  # bytes a second: the coordinator dies in the middle of it
+
+each_preempt = pytest.mark.parametrize("preempt", list(Preempt), ids=lambda one: f"preempt {one.value}")
+
+
+class Scene:
+    """A coordinator that waits for a migration, and sources and helpers for it."""
+
+    def __init__(self, served: Restarting, path: Path, seed: int) -> None:
+        self.served = served
+        self.path = path
+        self._seed = seed
+
+    def source(self, blocks: Sequence[SourceBlock] = (), **given: Any) -> Source:
+        made = blocks or (SourceBlock(RAM, RAM_BYTES, seed=self._seed), SourceBlock(ROM, ROM_BYTES, seed=self._seed))
+        return Source(to_unix(self.path), made, **{"seed": self._seed, **given})
+
+    def attaching(self, idstr: str = RAM) -> tuple[HelperProcess, Pending]:
+        helper = self.served.helper()
+        return helper, helper.start(f"b = attach({idstr!r}, timeout_s={WAIT_S})")
+
+    def attached(self, idstr: str = RAM) -> HelperProcess:
+        helper, attached = self.attaching(idstr)
+        attached.result()
+        return helper
+
+    def here(self) -> int:
+        """Pages of RAM that are received, or came as zeros."""
+        block = self.served.block(RAM)
+        return block.received_pages + block.hole_pages
+
+    def wait_for_summary(self, state: str) -> None:
+        wait_until(lambda: self.served.status().state == state, f"{state}: {self.served.status()}", WAIT_S)
+
+    def assert_whole(self, source: Source) -> None:
+        for idstr in source.blocks:
+            self.served.wait_for_state("END", idstr)
+            block = self.served.block(idstr)
+            assert (block.fraction, block.foreign_pages) == (1.0, 0)
+            assert self.attached(idstr).do("bytes(b)") == source.memory(idstr)
+
+
+@pytest.fixture
+def scene(runtime_dir: Path, seed: int) -> Iterator[Scene]:
+    path = runtime_dir / "migration.sock"
+    with restarting(f"qemu+unix:{path}") as served:
+        yield Scene(served, path, seed)
+
+
+# ---- before LISTEN ----
+
+
+def test_death_before_a_source_came(scene: Scene) -> None:
+    """The address stays, and who attaches waits."""
+    helper, attached = scene.attaching()
+    for _ in range(2):
+        scene.served.restart()
+    assert not attached.is_done()
+    assert scene.served.status().reason.startswith("waiting for a source at ")
+    source = scene.source()
+    with playing(source):
+        attached.result()
+        assert helper.do("bytes(b)") == source.memory(RAM)
+    scene.assert_whole(source)
+
+
+def test_death_before_listen_forgets_what_came(scene: Scene) -> None:
+    """B1: as when the source breaks off; nothing of it survives. The source may come again, with other blocks too."""
+    helper, attached = scene.attaching()
+    broken = scene.source()
+
+    def script(source: Source) -> None:
+        source.connect()
+        source.precopy(share=0.5)
+        wait_until(lambda: scene.served.status().state == "ADVISE", "the blocks to be announced", WAIT_S)
+        scene.served.restart()
+        source.return_path.wait_for_hang_up()
+        source.close()
+
+    with playing(broken, script):
+        pass
+    assert scene.served.status().blocks == ()
+    assert not attached.is_done()
+    source = scene.source([SourceBlock("other", MIB, seed=7), SourceBlock(RAM, MIB, seed=8)])
+    with playing(source):
+        attached.result()
+        assert helper.do("bytes(b)") == source.memory(RAM)
+    scene.assert_whole(source)
+
+
+# ---- after LISTEN ----
+
+
+def recover(scene: Scene, source: Source, before: int) -> None:
+    """What a source does when its receiver has died and serves again."""
+    scene.served.wait_for_restart(before)
+    scene.wait_for_summary("PAUSED")
+    source.recover()
+    scene.wait_for_summary("RUNNING")
+
+
+@each_preempt
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["at once", "after a pass"])
+def test_death_in_postcopy(scene: Scene, preempt: Preempt, share: float) -> None:
+    """G4, D3: what was received is kept, and the bitmaps say so; who waits goes on waiting."""
+    waiting = [scene.attaching() for _ in range(2)]
+    source = scene.source(preempt=preempt, rate_bytes_s=SLOWLY)
+    may_kill = threading.Event()
+    lacking: list[int] = []
+
+    def script(source: Source) -> None:
+        source.connect()
+        if share:
+            source.precopy(share)
+        source.enter_postcopy()
+        for _ in range(2):
+            may_kill.set()
+            before = scene.served.restarts
+            with pytest.raises(HungUp):
+                source.postcopy()
+            recover(scene, source, before)
+            lacking.append(sum(source.blocks[RAM].todo))
+        source.rate_bytes_s = None
+        source.postcopy()
+        source.finish()
+
+    with playing(source, script):
+        reads = []
+        for helper, attached in waiting:
+            attached.result()
+            reads.append(helper.start("bytes(b)"))
+        for _ in range(2):
+            assert may_kill.wait(WAIT_S)
+            may_kill.clear()
+            enough = scene.here() + N_PAGES // 10
+            wait_until(lambda enough=enough: scene.here() >= enough, "some pages", WAIT_S)  # type: ignore[misc]
+            scene.served.kill()
+        for read in reads:
+            assert read.result() == source.memory(RAM)
+    scene.assert_whole(source)
+    assert N_PAGES > lacking[0] > lacking[1] > 0
+    assert scene.served.restarts == 2
+
+
+@each_preempt
+def test_page_that_was_asked_for_of_a_dead_one_comes(scene: Scene, preempt: Preempt) -> None:
+    """P3, D3: the next one asks again."""
+    source = scene.source(preempt=preempt, only_requested=True, in_order=True)
+    last = N_PAGES - 1
+
+    def script(source: Source) -> None:
+        source.connect()
+        source.enter_postcopy()
+        helper = scene.attached()
+        read = helper.start(f"read(b, {last * PAGE}, {PAGE})")
+        ensured = helper.start(f"b.ensure(slice({5 * PAGE}, {9 * PAGE})); read(b, {5 * PAGE}, {4 * PAGE})")
+        wait_until(lambda: bool(source.return_path.requests), "a request", WAIT_S)
+        recover_after(scene, source, scene.served.kill())
+        rest = threading.Thread(target=source.postcopy)
+        rest.start()
+        assert read.result() == source.blocks[RAM].page(last)
+        assert ensured.result() == b"".join(source.blocks[RAM].page(page) for page in range(5, 9))
+        source.release()
+        rest.join(WAIT_S)
+        source.finish()
+
+    with playing(source, script):
+        pass
+    scene.assert_whole(source)
+
+
+def recover_after(scene: Scene, source: Source, before: int) -> None:
+    source.return_path.wait_for_hang_up()
+    recover(scene, source, before)
+
+
+def test_death_while_paused_and_in_recovery(scene: Scene) -> None:
+    source = scene.source(rate_bytes_s=SLOWLY)
+    helper, attached = scene.attaching()
+
+    def script(source: Source) -> None:
+        source.connect()
+        source.enter_postcopy()
+        source.main.break_at = source.main.written + 100_000
+        with contextlib.suppress(Exception):
+            source.postcopy()
+        scene.wait_for_summary("PAUSED")
+        scene.served.restart()
+        scene.wait_for_summary("PAUSED")
+        source.begin_recovery()
+        source.ask_bitmaps()
+        before = scene.served.kill()
+        recover_after(scene, source, before)
+        source.rate_bytes_s = None
+        source.postcopy()
+        source.finish()
+
+    with playing(source, script):
+        attached.result()
+        assert helper.do("bytes(b)") == source.memory(RAM)
+    scene.assert_whole(source)
+
+
+def test_death_with_huge_pages(scene: Scene, huge_pages: Callable[[int], None]) -> None:
+    huge_pages(8)
+    block = SourceBlock(RAM, 4 * HUGE_PAGE, page_size=HUGE_PAGE, seed=3)
+    source = scene.source([block], rate_bytes_s=4.0 * MIB)
+    helper, attached = scene.attaching()
+
+    def script(source: Source) -> None:
+        source.connect()
+        source.enter_postcopy()
+        before = scene.served.restarts
+        with pytest.raises(HungUp):
+            source.postcopy()
+        recover(scene, source, before)
+        source.rate_bytes_s = None
+        source.postcopy()
+        source.finish()
+
+    with playing(source, script):
+        attached.result()
+        read = helper.start("bytes(b)")
+        wait_until(lambda: scene.here() >= 1, "a page", WAIT_S)
+        scene.served.kill()
+        assert read.result() == source.memory(RAM)
+    scene.assert_whole(source)
+
+
+def test_death_after_the_end(scene: Scene) -> None:
+    """Nobody listens for a source any more, and the blocks stay."""
+    source = scene.source()
+    with playing(source):
+        helper = scene.attached()
+        helper.do("b.wait()")
+    scene.assert_whole(source)
+    for _ in range(2):
+        scene.served.restart()
+        assert scene.served.status().state == "END"
+        assert helper.do("bytes(b)") == source.memory(RAM)
+        scene.assert_whole(source)
+    assert not scene.path.exists()
+
+
+# ---- a real QEMU ----
+
+
+@pytest.mark.parametrize("capabilities", [(POSTCOPY,), (POSTCOPY, PREEMPT)], ids=["one channel", "preempt"])
+def test_machine_is_whole_although_its_receiver_was_killed(
+    scene: Scene, tmp_path: Path, capabilities: tuple[str, ...]
+) -> None:
+    """P5, P6: three times. QEMU is told to migrate again, with resume, as after any break."""
+    helper, attached = scene.attaching()
+    with Qemu(Guest(), tmp_path) as source:
+        source.set_capabilities(*capabilities)
+        source.set_parameters(max_postcopy_bandwidth=8 * MIB)
+        source.migrate(f"unix:{scene.path}")
+        source.start_postcopy()
+        content = source.memory()
+        attached.result()
+        read = helper.start("bytes(b)")
+        for _ in range(3):
+            enough = scene.here() + 200
+            wait_until(lambda enough=enough: scene.here() >= enough, "some pages", WAIT_S)  # type: ignore[misc]
+            before = scene.served.kill()
+            source.wait_for_migration("postcopy-paused")
+            scene.served.wait_for_restart(before)
+            scene.wait_for_summary("PAUSED")
+            source.resume_migration(f"unix:{scene.path}")
+            scene.wait_for_summary("RUNNING")
+        source.set_parameters(max_postcopy_bandwidth=UNLIMITED)
+        source.wait_for_migration("completed")
+        assert_same_memory(read.result(), content)
+    scene.wait_for_summary("END")
+    scene.served.restart()
+    assert_same_memory(scene.attached().do("bytes(b)"), content)
+    assert all(block.foreign_pages == 0 for block in scene.served.status().blocks)
+
+
+def test_machine_comes_again_after_a_death_in_precopy(scene: Scene, tmp_path: Path) -> None:
+    helper, attached = scene.attaching()
+    with Qemu(Guest(), tmp_path) as source:
+        source.set_capabilities(POSTCOPY)
+        source.set_parameters(downtime_limit=1, max_bandwidth=20 * MIB)
+        source.migrate(f"unix:{scene.path}")
+        wait_until(lambda: scene.served.status().state == "ADVISE", "precopy", WAIT_S)
+        scene.served.restart()
+        wait_until(lambda: source.migration().get("status") == "failed", "QEMU to give up", WAIT_S)
+        assert not attached.is_done()
+        source.set_parameters(max_bandwidth=UNLIMITED)
+        source.migrate(f"unix:{scene.path}")
+        source.start_postcopy()
+        content = source.memory()
+        attached.result()
+        assert_same_memory(helper.do("bytes(b)"), content)
+        source.wait_for_migration("completed")
