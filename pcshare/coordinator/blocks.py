@@ -167,7 +167,8 @@ class Blocks:
         they see goes back."""
         block = self._by_index[kept.index] = Block(source, kept.index, region)
         block.memory = kept.source
-        ram = self._make_ram(block, keeper, kept.page_size, source.extents, KeptMemory(kept.keeper_block))
+        memory = KeptMemory(kept.keeper_block)
+        ram = self._make_ram(block, keeper, kept.page_size, source.extents, memory, writable=kept.writable)
         block.cell = StateCell(State.LISTENING)
         patience_s = self._options.source_timeout_s if self._options.poison else None
         source.watch(self.links.of_block(block.index), patience_s)
@@ -213,7 +214,10 @@ class Blocks:
         page_size: int,
         extents: Sequence[tuple[int, int]] | CoreExtents,
         memory: DeferredMemory | KeptMemory | None = None,
+        *,
+        writable: bool | None = None,
     ) -> RAMBlock:
+        """writable: what it was made as; a source that is complete does not say it any more. None: what it is to be."""
         source = block.source
         try:
             block.ram = RAMBlock(
@@ -221,7 +225,7 @@ class Blocks:
                 block.idstr,
                 used_length=source.used_length,
                 page_size=page_size,
-                writable=self.is_writable(source),
+                writable=self.is_writable(source) if writable is None else writable,
                 extents=extents,
                 index=block.index,
                 status=self._segment.block_slot(block.index),
