@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ class Order:
     id: int
     content: dict[str, Any]
     sent_s: float
+    outages: set[int] = field(default_factory=set)  # times without a coordinator that it met
 
 
 @dataclass
@@ -71,14 +71,15 @@ class ActorProcess:
         assert self.process.stdout is not None
         return self.process.stdout.fileno()
 
-    def tell(self, number: int, content: dict[str, Any]) -> None:
+    def tell(self, number: int, content: dict[str, Any]) -> Order:
         """Gives an order; a process that has died is noticed when it is heard."""
         assert self.process.stdin is not None
         if not self.pending:
             self.heard_s = time.monotonic()
-        self.pending[number] = Order(number, content, time.monotonic())
+        order = self.pending[number] = Order(number, content, time.monotonic())
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps({"id": number, **content}).encode() + b"\n")
+        return order
 
     def hear(self) -> Iterator[tuple[Order, dict[str, Any]]]:
         """Answers that have come, with what they answer."""
@@ -173,14 +174,6 @@ class Program:
     def close(self) -> None:
         self.kill()
         self.process.communicate()
-
-
-def stop(actor: ActorProcess) -> None:
-    actor.process.send_signal(signal.SIGSTOP)
-
-
-def go_on(actor: ActorProcess) -> None:
-    actor.process.send_signal(signal.SIGCONT)
 
 
 @contextlib.contextmanager

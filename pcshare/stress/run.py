@@ -67,8 +67,9 @@ def _where(drawn: plan.RoundPlan) -> str:
 
 
 def _line(tally: Tally, elapsed_s: float) -> str:
-    counts = f"{sum(tally.actions.values()):,} actions, {tally.joins:,} joins, {tally.kills:,} kills"
-    checked = f"{tally.faults:,} faults, {tally.bytes_checked >> 20:,} MiB checked"
+    kills = f"killed {tally.kills:,} helpers, {tally.coordinator_kills:,} coordinators, {tally.source_kills:,} sources"
+    counts = f"{sum(tally.actions.values()):,} actions, {tally.joins:,} joins, {kills}, {tally.restarts:,} restarts"
+    checked = f"{tally.faults:,} faults, {tally.bytes_checked >> 20:,} MiB and {tally.writes_checked:,} writes checked"
     trouble = f", {len(tally.failures)} failures" if tally.failures else ""
     return f"{elapsed_s:6.1f} s  {tally.where}  {counts}, {checked}{trouble}"
 
