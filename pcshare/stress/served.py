@@ -30,7 +30,7 @@ from pcshare.stress.tally import Stuck, Tally, Zero
 # the keeper waits up to 5 s before it starts one again that was killed before it served.
 RESTART_LIMIT_S = 30.0
 ORDER_AGAIN_S = 0.05
-DEATH_LIMIT_S = 10.0  # from SIGKILL to the end: with huge pages to give back
+DEATH_LIMIT_S = 10.0  # from the end of a coordinator to that of its keeper: with memory to give back
 # What the keeper and a failing coordinator write.
 _KILLED = re.compile(rb"pcshare-keeper: the coordinator \(pid (\d+)\) was killed by signal (\d+)")
 _TROUBLE = re.compile(rb"^.*(?:ended with exit code|Traceback|did not come to serve|is not kept|are not kept).*$", re.M)
@@ -220,11 +220,14 @@ class Served:
 
     def left(self) -> list[int]:
         """Processes that still run and must not."""
-        left = []
-        for pid in (self.pid, self.keeper.pid):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process = psutil.Process(pid)
-                if pid != self.keeper.pid and process.status() == psutil.STATUS_ZOMBIE:
-                    continue  # whoever adopted it has not waited for it yet
-                left.append(pid)
+        deadline_s = time.monotonic() + DEATH_LIMIT_S
+        while (left := [pid for pid in (self.pid, self.keeper.pid) if _runs(pid)]) and time.monotonic() < deadline_s:
+            time.sleep(ORDER_AGAIN_S)
         return left
+
+
+def _runs(pid: int) -> bool:
+    """A zombie does not: whoever adopted it has not waited for it yet."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
