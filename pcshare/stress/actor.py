@@ -22,6 +22,7 @@ from pcshare.client import Block, attach
 from pcshare.errors import LimitReached, PcshareError, SourceLost
 from pcshare.stress.plan import PAGE, SLOT_BYTES
 from pcshare.stress.world import differing, pages_of, run_of_pages, slot_writes
+from pcshare.trace import DIE_VARIABLE
 
 ATTACH_TIMEOUT_S = 30.0
 ENSURE_TIMEOUT_S = 60.0
@@ -128,6 +129,7 @@ class Actor:
             "leave_all": self._leave_all,
             "check_all": self._check_all,
             "verify": self._verify,
+            "complete": self._complete,
         }
         uses: dict[str, Callable[[Attachment, dict[str, Any]], dict[str, Any]]] = {
             "check": self._check,
@@ -159,6 +161,15 @@ class Actor:
             seen = self._compare(attachment, attachment.pages(order["seed"], order["count"]))
             told |= {key: told[key] + seen[key] for key in told}
         return told
+
+    def _complete(self, order: dict[str, Any]) -> dict[str, Any]:
+        """All of a block, so that it comes to its end while somebody is attached."""
+        attachment = self._open(order["block"], order["mode"])
+        try:
+            attachment.block.ensure(timeout_s=ENSURE_TIMEOUT_S)
+            return self._compare(attachment, list(range(attachment.page_count())))
+        finally:
+            attachment.close()
 
     def _churn(self, order: dict[str, Any]) -> dict[str, Any]:
         """Comes and goes, again and again, and looks at one page each time."""
@@ -229,7 +240,7 @@ class Actor:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        killed = code == -signal.SIGKILL and bool(order["after_ms"])
+        killed = code == -signal.SIGKILL and (bool(order["after_ms"]) or DIE_VARIABLE in os.environ)
         if code == -signal.SIGBUS:
             return {"lost": True}
         if code == CHILD_DIFFERS:

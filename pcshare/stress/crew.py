@@ -9,11 +9,12 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -50,7 +51,7 @@ class ActorProcess:
     _buffer: bytes = b""
 
     @classmethod
-    def start(cls, socket: str, writer: int, world: str) -> ActorProcess:
+    def start(cls, socket: str, writer: int, world: str, environment: Mapping[str, str]) -> ActorProcess:
         errors = tempfile.TemporaryFile()  # noqa: SIM115 (close() closes it)
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "pcshare.stress.actor", socket, str(writer), world],
@@ -58,6 +59,7 @@ class ActorProcess:
             stdout=subprocess.PIPE,
             stderr=errors,
             bufsize=0,
+            env={**os.environ, **environment},
         )
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
@@ -148,11 +150,12 @@ class Program:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
+            process_group=0,
         )
         return cls(name, process, expected, time.monotonic())
 
     def kill(self) -> None:
-        """At this very moment; it may be attaching."""
+        """At this very moment; it may be attaching. Its children, if it has any, find out."""
         if self.process.poll() is None:
             self.process.kill()
             self.killed = True
@@ -172,8 +175,25 @@ class Program:
         return {}, err.strip()[-COMPLAINT_CHARS:]
 
     def close(self) -> None:
-        self.kill()
+        """With its children: they may wait for pages, and hold its pipes open."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
+
+
+@contextlib.contextmanager
+def environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """What is started inside has these variables, too. Only for moments in which nobody else starts anything."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

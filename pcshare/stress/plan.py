@@ -7,7 +7,7 @@ seed always gives one sequence.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 PAGE = 4096
@@ -118,6 +118,9 @@ class RoundPlan:
     ending: str  # one of ENDINGS
     keeper: bool  # a coordinator that is killed is started again
     helpers_max: int | None  # a low limit: who is too many is told so
+    source_timeout_s: float = SOURCE_TIMEOUT_S
+    nbdkit: bool = True  # is the server, where it is installed
+    dies_at_steps: bool = False  # processes are told at which step to die
     actions: list[Action] = field(default_factory=list)
 
     @property
@@ -151,7 +154,7 @@ def draw_round(seed: int, number: int, actors: int) -> RoundPlan:
     )
     books: Books = {actor: [] for actor in range(actors)}
     for number in range(rng.randrange(ACTIONS_MIN, ACTIONS_MAX)):
-        plan.actions.append(_draw_action(rng, plan, books, number))
+        plan.actions.append(draw_action(rng, plan, books, number, WEIGHTS))
     return plan
 
 
@@ -188,11 +191,11 @@ def _draw_block(rng: random.Random, name: str, huge: bool) -> BlockPlan:
     )
 
 
-def _draw_action(rng: random.Random, plan: RoundPlan, books: Books, number: int) -> Action:
+def draw_action(rng: random.Random, plan: RoundPlan, books: Books, number: int, weights: Mapping[str, float]) -> Action:
     """One that is possible by the books, and booked."""
     pause_ms = rng.randrange(PAUSE_MAX_MS) if rng.random() < 0.5 else 0
     while True:
-        kind = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        kind = rng.choices(list(weights), list(weights.values()))[0]
         actor = rng.randrange(len(books))
         draw = _draw_use if kind in USES else _draw_join if kind in JOINS else _draw_event
         action = draw(rng, plan, Action(kind, pause_ms, actor, seed=rng.randrange(SEED_MAX)), books[actor], number)

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import psutil
 
-from pcshare import errors, runtime, transport
+from pcshare import errors, runtime, trace, transport
 from pcshare.launcher import Coordinator, Event
 from pcshare.protocol import AdminOp
 from pcshare.status import StatusReport, read_status
-from pcshare.stress import crew, resources, servers, stacks, world
-from pcshare.stress.plan import HUGE_PAGE, PAGE, SOURCE_TIMEOUT_S, Action, RoundPlan
+from pcshare.stress import crew, resources, servers, stacks, troupe, world
+from pcshare.stress.arms import Arms
+from pcshare.stress.plan import HUGE_PAGE, PAGE, Action, RoundPlan
 from pcshare.stress.resources import Held
 from pcshare.stress.served import RESTART_LIMIT_S, Served
 from pcshare.stress.servers import Server
@@ -36,6 +37,8 @@ LAST_SLOT = -2  # no action of a plan has it
 LAST_ORDER = -1  # and no order this number or one below
 RESUMES_MAX = 50  # in a row, while no source fails: more means that it never works
 GARBAGE_TIMEOUT_S = 5.0
+STEP_LIMIT_S = 6.0  # until somebody has died at its step, counted from the last thing that was done for it
+HOSTILE_LIMIT_S = 20.0  # a helper that breaks the rules takes that long at most, or is killed
 CHECK_ALL_PAGES = 64  # of each attachment, in the end
 NUMPY_PROGRAMS = {"random_lookup", "numpy_user"}
 STREAM_OPS = {
@@ -58,8 +61,11 @@ class Round:
         self._name = f"stress-{os.getpid()}-{plan.number}"
         self._error_file = folder / world.ERROR_FILE
         self._sources_down = 0
+        self._planted: set[str] = set()  # blocks in which somebody broke the rules
+        self._arms = Arms(folder, tally) if plan.dies_at_steps else None
         self._resumes = 0
         self._held_s = 0.0
+        self._offenders: set[int] = set()
         self._disabled: set[tuple[int, int]] = set()
         self._foreign = 0
         self._stopping = False
@@ -80,12 +86,17 @@ class Round:
             self._start_servers(closing)
             self._log = closing.enter_context(tempfile.TemporaryFile())
             closing.callback(self._check_log)
-            with crew.stderr_to(self._log):
+            with crew.stderr_to(self._log), crew.environment(self._environment("coordinator")):
                 self._coordinator = closing.enter_context(self._make())
             self._served = Served(self._coordinator, self._log, self._tally)
             closing.callback(self._served.close)
             self._troupe = Troupe(
-                self._served.socket, world.blocks_argument(self._blocks), self._actors, self._tally, self._look
+                self._served.socket,
+                world.blocks_argument(self._blocks),
+                self._actors,
+                self._tally,
+                self._look,
+                self._arms,
             )
             self._troupe.may_refuse = self._plan.helpers_max is not None
             closing.callback(self._troupe.close)
@@ -103,13 +114,19 @@ class Round:
     # -- start
 
     def _has_nbdkit(self) -> bool:
+        if not self._plan.nbdkit:
+            return False
         if self._plan.served and not servers.has_nbdkit():
             self._tally.note("nbdkit is missing: `pcshare serve` as the servers")
         return servers.has_nbdkit()
 
+    def _environment(self, who: str) -> dict[str, str]:
+        return {} if self._arms is None else {trace.DIE_VARIABLE: str(self._arms.path(who))}
+
     def _start_servers(self, closing: contextlib.ExitStack) -> None:
         self._servers = {name: block.server for name, block in self._blocks.items() if block.server is not None}
-        for server in self._servers.values():
+        for name, server in self._servers.items():
+            server.environment |= self._environment(name)
             closing.callback(server.close)
             server.start()
         for server in self._servers.values():
@@ -129,7 +146,7 @@ class Round:
             on_source_loss="poison" if self._plan.poison else "pause",
             on_event=self._hear,
             fault_threads=self._plan.fault_threads,
-            source_timeout_s=SOURCE_TIMEOUT_S,
+            source_timeout_s=self._plan.source_timeout_s,
             orphan_timeout_s=ORPHAN_TIMEOUT_KILLS_S if self._plan.keeper else ORPHAN_TIMEOUT_S,
             keeper=self._plan.keeper,
             helpers_max=self._plan.helpers_max,
@@ -163,6 +180,10 @@ class Round:
             "replace": self._replace_coordinator,
             "kill_source": self._kill_source,
             "stop": self._stop_somebody,
+            "arm": self._arm,
+            "await_death": self._await_death,
+            "offend": self._offend,
+            "plant": self._plant,
             "touch": self._touch,
             "kill_touch": self._kill_touch,
             "helper": self._helper,
@@ -186,6 +207,60 @@ class Round:
         self._troupe.pump(action.after_ms / 1000)
         self._troupe.kill(action.actor)
 
+    def _arm(self, action: Action) -> None:
+        """Somebody is killed, and who comes in its place dies at that step."""
+        assert self._arms is not None
+        self._take_dead()
+        party, _, step = action.order.partition(":")
+        if party == "coordinator":
+            self._arms.arm(party, party, step, action.count)
+            self._served.kill()
+            self._troupe.outage_begins()
+        elif party == "helper":
+            self._arms.arm(party, troupe.actor_name(action.actor), step, action.count)
+            self._troupe.kill(action.actor)
+        else:
+            self._arms.arm(party, action.block, step, action.count)
+            self._kill_source(action)
+
+    def _await_death(self, action: Action) -> None:
+        """Not for ever: what makes the step come may have been done already."""
+        assert self._arms is not None
+        deadline_s = time.monotonic() + STEP_LIMIT_S
+        while self._arms.is_waiting() and time.monotonic() < deadline_s:
+            self._troupe.pump(0.02)
+        self._disarm()
+
+    def _take_dead(self) -> None:
+        """Who has died at its step."""
+        for one in self._arms.take_dead() if self._arms is not None else ():
+            if one.party == "coordinator":
+                self._served.has_died()
+                self._troupe.outage_begins()
+            elif one.party == "helper":
+                self._tally.kills += 1
+            else:
+                self._source_gone(self._servers[one.who], 0)
+
+    def _offend(self, action: Action) -> None:
+        """A helper that breaks the protocol, and is cut off."""
+        self._hostile("unknown-type", action)
+
+    def _plant(self, action: Action) -> None:
+        """A helper that fills a page which nobody has read yet; nobody may read it before it is found."""
+        self._planted.add(action.block)
+        self._hostile("fallocates", action)
+
+    def _hostile(self, row: str, action: Action) -> None:
+        path = self._blocks[action.block].path
+        command = [f"--block={action.block}", f"--source={path}", f"--seed={action.seed}", row]
+        hostile = crew.Program.start("hostile", self._served.socket, command)
+        self._offenders.add(hostile.process.pid)
+        deadline_s = time.monotonic() + HOSTILE_LIMIT_S
+        while not hostile.ended() and time.monotonic() < deadline_s:
+            self._troupe.pump(0.02)
+        hostile.close()
+
     def _kill_coordinator(self, action: Action) -> None:
         self._troupe.pump(action.after_ms / 1000)
         self._served.kill()
@@ -201,11 +276,14 @@ class Round:
         server = self._servers[action.block]
         if not server.is_there:
             return
+        self._source_gone(server, action.after_ms)
+
+    def _source_gone(self, server: Server, away_ms: int) -> None:
         server.kill()
         self._tally.source_kills += 1
         self._sources_down += 1
         self._troupe.may_lose |= self._plan.poison
-        self._troupe.later(action.after_ms, lambda: self._server_back(server))
+        self._troupe.later(away_ms, lambda: self._server_back(server))
 
     def _server_back(self, server: Server) -> None:
         server.start()
@@ -290,16 +368,19 @@ class Round:
 
     def _look(self) -> None:
         """At the status segment, a few times a second; at resources once a second."""
+        self._take_dead()
+        self._look_at_servers()
         report = read_status(self._name)
         if not self._served.look(report):
             self._troupe.outage_begins()
             return
         self._troupe.outage_ends()
         for helper in report.helpers:
-            if helper.state == "disabled" and (helper.slot, helper.pid) not in self._disabled:
+            is_known = (helper.slot, helper.pid) in self._disabled or helper.pid in self._offenders
+            if helper.state == "disabled" and not is_known:
                 self._disabled.add((helper.slot, helper.pid))
                 self._tally.fail(f"helper {helper.pid} on block {helper.block} was cut off and did nothing wrong")
-        foreign = sum(block.foreign_pages for block in report.blocks)
+        foreign = sum(block.foreign_pages for block in report.blocks if block.idstr not in self._planted)
         if foreign > self._foreign:
             self._foreign = foreign
             self._tally.fail(f"{foreign} foreign pages, and nobody broke the rules")
@@ -307,6 +388,14 @@ class Round:
         if time.monotonic() - self._held_s >= RESOURCES_PERIOD_S:
             self._held_s = time.monotonic()
             self._check_during(report)
+
+    def _look_at_servers(self) -> None:
+        """One that ends by itself is no failure of ours: another one comes."""
+        for server in self._servers.values():
+            code = server.ended_by_itself()
+            if code is not None:
+                self._tally.note(f"a server that is a source ended by itself, with {code}")
+                self._source_gone(server, 0)
 
     def _needs_resume(self, report: StatusReport) -> bool:
         return any(block.state == "PAUSED" or block.lost_pages for block in report.blocks)
@@ -337,14 +426,15 @@ class Round:
 
     def _end(self) -> None:
         """Everything works again, everybody answers; then the coordinator's life ends in the plan's way."""
-        troupe = self._troupe
+        crowd = self._troupe
+        self._disarm()
         self._served.go_on()
-        troupe.pump_until(self._served.serves, "a coordinator", RESTART_LIMIT_S)
-        troupe.settle()
+        crowd.pump_until(self._served.serves, "a coordinator", RESTART_LIMIT_S)
+        crowd.settle()
         self._source_back()
-        troupe.all_quiet()
-        troupe.pump_until(lambda: not self._needs_resume(read_status(self._name)), "an end of the pauses")
-        troupe.may_lose = False
+        crowd.all_quiet()
+        crowd.pump_until(lambda: not self._needs_resume(read_status(self._name)), "an end of the pauses")
+        crowd.may_lose = False
         self._check_all()
         if self._plan.ending in ("stopped", "killed"):
             self._end_under_helpers()
@@ -358,6 +448,12 @@ class Round:
         self._stop_coordinator()
         if self._plan.ending == "stay":
             self._ask_without_coordinator({"kind": "leave_all", "slot": -1})
+
+    def _disarm(self) -> None:
+        """Nobody dies any more of what it was told."""
+        if self._arms is not None:
+            self._arms.close()
+            self._take_dead()
 
     def _check_all(self) -> None:
         """Who was there all the time has lost nothing that is not lost any more."""

@@ -6,6 +6,7 @@ nbdkit where it is installed, else `pcshare serve`. Knows no block and no coordi
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ class Server:
     """One server of one file, at one socket, whichever process it is at present. close() ends it for good."""
 
     def __init__(self, path: Path, socket_path: Path, *, with_nbdkit: bool) -> None:
+        self.environment = dict(os.environ)
         self._path, self._socket = path, socket_path
         self._with_nbdkit = with_nbdkit
         self._process: subprocess.Popen[bytes] | None = None
@@ -49,7 +51,11 @@ class Server:
     def start(self) -> None:
         self._socket.unlink(missing_ok=True)  # nbdkit takes no socket's place
         self._process = subprocess.Popen(
-            self._command(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            self._command(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=self.environment,
         )
 
     def _command(self) -> list[str]:
@@ -65,6 +71,10 @@ class Server:
                 return
             time.sleep(LOOK_AGAIN_S)
         raise Stuck(f"the server of {self._path} does not listen after {LISTEN_LIMIT_S:g} s")
+
+    def ended_by_itself(self) -> int | None:
+        """Its exit code, negative for a signal; None: it runs, or was killed."""
+        return None if self._process is None else self._process.poll()
 
     def stop(self) -> None:
         """SIGSTOP."""

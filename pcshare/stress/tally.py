@@ -42,6 +42,7 @@ class Tally:
     joins: int = 0
     leaves: int = 0
     refusals: int = 0  # of helpers that were too many
+    step_kills: Counter[str] = field(default_factory=Counter)  # of all these, those that died at a named step
     lost_deaths: int = 0  # of actors that met a page that the source had lost
     bytes_checked: int = 0
     writes_checked: int = 0
@@ -96,6 +97,7 @@ class Tally:
         return {
             "actions": dict(self.actions),
             **{key: getattr(self, key) for key in counted},
+            "step_kills": dict(sorted(self.step_kills.items())),
             **{str(zero): self.zeros[zero] for zero in self.must_be_zero()},
             "restart_wait_ms": self.longest_waits_ms(),
             "notes": dict(self.notes),

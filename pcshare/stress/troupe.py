@@ -16,7 +16,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from pcshare import trace
 from pcshare.stress import stacks
+from pcshare.stress.arms import Arms
 from pcshare.stress.crew import ActorProcess, Order, Program
 from pcshare.stress.plan import SLOT_BYTES
 from pcshare.stress.tally import Stuck, Tally, Zero
@@ -38,8 +40,17 @@ Ledger = dict[str, dict[int, list[str]]]
 class Troupe:
     """Actors and programs on one coordinator."""
 
-    def __init__(self, socket: str, world: str, actors: int, tally: Tally, look: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        socket: str,
+        world: str,
+        actors: int,
+        tally: Tally,
+        look: Callable[[], None],
+        arms: Arms | None = None,
+    ) -> None:
         self._socket, self._world, self._look = socket, world, look
+        self._arms = arms
         self._facts: dict[str, Any] = json.loads(world)
         self._outage: int | None = None
         self.tally = tally
@@ -52,7 +63,7 @@ class Troupe:
         self.may_refuse = False  # there is a low limit: who is too many is told so
         self.actors: list[ActorProcess] = []
         for writer in range(actors):
-            self.actors.append(ActorProcess.start(socket, writer, world))
+            self.actors.append(self._start(writer))
 
     def close(self) -> None:
         for actor in self.actors:
@@ -148,7 +159,11 @@ class Troupe:
             if order.content["kind"] == "write":
                 self._doubt(order.content, writer)
         old.close()
-        self.actors[writer] = ActorProcess.start(self._socket, writer, self._world)
+        self.actors[writer] = self._start(writer)
+
+    def _start(self, writer: int) -> ActorProcess:
+        changes = {} if self._arms is None else {trace.DIE_VARIABLE: str(self._arms.path(actor_name(writer)))}
+        return ActorProcess.start(self._socket, writer, self._world, changes)
 
     def _doubt(self, order: dict[str, Any], writer: int) -> None:
         """What was there, or what it was about to write."""
@@ -180,6 +195,8 @@ class Troupe:
         """Nobody killed it: right only if it touched a page that is lost."""
         if code == -signal.SIGBUS and self.may_lose:
             self.tally.lost_deaths += 1
+        elif code == -signal.SIGKILL and self._arms is not None and self._arms.has_died(actor_name(actor.writer)):
+            pass  # at its step
         else:
             doing = next(iter(actor.pending.values()), None)
             told = f"actor {actor.writer} died ({_ending(code)}) at {doing.content if doing else 'nothing'}"
@@ -265,6 +282,10 @@ class Troupe:
     def _doing(self, pid: int) -> str:
         orders = (order for actor in self.actors if actor.pid == pid for order in actor.pending.values())
         return next((json.dumps(order.content) for order in orders), "its work")
+
+
+def actor_name(writer: int) -> str:
+    return f"actor-{writer}"
 
 
 def _ending(code: int) -> str:
