@@ -19,7 +19,7 @@ PASSINGS_MAX = 3  # a step is passed so often before it is the last
 PAGES_MIN, PAGES_MAX = 4000, 6000  # of a block: something must be missing until the end of the round
 TINY_PAGES = 24
 TINY_BLOCKS = 8  # each is complete once
-BETWEEN_MIN, BETWEEN_MAX = 4, 12  # actions of anybody after each arming
+BETWEEN = 4, 12  # actions of anybody after each arming, from the one to the other
 SOURCE_TIMEOUT_S = 20.0  # a server that is killed is back in time: what is lost is lost by errors alone
 SLOT_BASE = 1 << 20  # attachments of scripts, apart from those of random actions
 
@@ -68,8 +68,8 @@ def all_steps() -> dict[str, list[str]]:
     return {party: [step for step in trace.steps_of(party) if step not in NOT_REACHED] for party in trace.PARTIES}
 
 
-def rounds(seed: int, actors: int) -> Iterator[RoundPlan]:
-    """For ever; over a few of them every step has its turn."""
+def rounds(seed: int, actors: int, between: tuple[int, int] = BETWEEN) -> Iterator[RoundPlan]:
+    """For ever; over a few of them every step has its turn. between: how many random actions follow each arming."""
     rng, number = random.Random(f"sweep:{seed}:{actors}"), 0
     queue: list[str] = []
     while True:
@@ -77,7 +77,7 @@ def rounds(seed: int, actors: int) -> Iterator[RoundPlan]:
         while len(steps) < ARMS_A_ROUND:
             queue = queue or _shuffled(rng)
             steps.append(queue.pop())
-        yield _draw_round(rng, number, actors, steps)
+        yield _draw_round(rng, number, actors, steps, between)
         number += 1
 
 
@@ -87,7 +87,7 @@ def _shuffled(rng: random.Random) -> list[str]:
     return steps
 
 
-def _draw_round(rng: random.Random, number: int, actors: int, steps: list[str]) -> RoundPlan:
+def _draw_round(rng: random.Random, number: int, actors: int, steps: list[str], between: tuple[int, int]) -> RoundPlan:
     drawn = RoundPlan(
         number=number,
         blocks=list(_draw_blocks(rng)),
@@ -102,7 +102,7 @@ def _draw_round(rng: random.Random, number: int, actors: int, steps: list[str]) 
         nbdkit=False,  # it passes no step of ours
         dies_at_steps=True,
     )
-    drawer = _Drawer(rng, drawn, {actor: [] for actor in range(actors)})
+    drawer = _Drawer(rng, drawn, {actor: [] for actor in range(actors)}, between)
     for step in steps:
         drawer.arm(step)
     return drawn
@@ -126,6 +126,7 @@ class _Drawer:
     rng: random.Random
     plan: RoundPlan
     books: Books
+    between: tuple[int, int]
     tiny: int = 0
 
     def arm(self, step: str) -> None:
@@ -138,7 +139,7 @@ class _Drawer:
             self.books[actor].clear()
         self._script(actor, PROVOCATIONS.get(step, ()))
         large = replace(self.plan, blocks=[block for block in self.plan.blocks if block.pages > TINY_PAGES])
-        for _ in range(self.rng.randrange(BETWEEN_MIN, BETWEEN_MAX)):
+        for _ in range(self.rng.randint(*self.between)):
             self._add(plan.draw_action(self.rng, large, self.books, self._number(), WEIGHTS))
         self._add(Action("await_death", 0))
 
