@@ -165,14 +165,21 @@ static int find_socket(char *path, size_t size, const struct options *options)
     return own_socket(path, size, options->name);
 }
 
+/* Nobody is there yet, or was on its way out, or another one took its place between two messages. */
+static int is_worth_another_try(int rc)
+{
+    return rc == -ENOENT || rc == -ECONNREFUSED || rc == -ECONNRESET || rc == -EAGAIN || rc == -ESTALE;
+}
+
 /* Attaches; waits for the coordinator if it is not there yet, or has nothing or no room yet. */
 static int attach(struct pcshare_attachment **ap, const char *socket_path, const struct options *options)
 {
     double deadline_s = now_s() + (double)options->attach_timeout_ms / 1e3;
     const struct timespec nap = {.tv_nsec = LOOK_AGAIN_MS * 1000000L};
     int rc;
-    while ((rc = pcshare_attach(ap, socket_path, options->block, 0, options->attach_timeout_ms, NULL, 0)) == -ENOENT
-           || rc == -ECONNREFUSED || rc == -EAGAIN) {
+
+    while (is_worth_another_try(
+        rc = pcshare_attach(ap, socket_path, options->block, 0, options->attach_timeout_ms, NULL, 0))) {
         if (now_s() > deadline_s)
             return rc;
         nanosleep(&nap, NULL);

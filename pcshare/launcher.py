@@ -149,6 +149,7 @@ class Coordinator:
         allow_gid: Iterable[int] = (),
         exports: Iterable[str] | str = (),
         keeper: bool = True,
+        helpers_max: int | None = None,
     ) -> None:
         self.name = _unique_name() if name is None else runtime.check_name(name)
         self.pid: int | None = None
@@ -169,6 +170,8 @@ class Coordinator:
         ]
         if not keeper:
             self._options.append("--no-keeper")
+        if helpers_max is not None:
+            self._options.append(f"--helpers-max={helpers_max}")
         if fault_threads is not None:
             self._options.append(f"--fault-threads={fault_threads}")
         if orphan_timeout_s is not None:

@@ -22,6 +22,29 @@ EVENT_NAMES = {
 }
 
 
+# Who passes which steps, by their numbers.
+PARTIES = {"coordinator": range(1, 60), "helper": range(60, 80), "source": range(80, 100)}
+DIE_VARIABLE = "PCSHARE_DIE_AT"  # names a file that says at which step to die: see core/trace.h
+
+_NUMBERS = {name: number for number, name in EVENT_NAMES.items()}
+
+
+def step(name: str, *, block_index: int = 0, subject: int = 0) -> None:
+    """A step of our own, beside those of the core."""
+    lib.trace_point(_NUMBERS[name], block_index, subject, 0, 0)
+
+
+def steps_of(party: str) -> list[str]:
+    return [name for number, name in sorted(EVENT_NAMES.items()) if number in PARTIES[party]]
+
+
+def write_death(path: Path, name: str, passings: int) -> None:
+    """Whoever reads it at its start dies when it passes that step so often, and removes the file at that moment."""
+    new = path.with_suffix(".new")
+    new.write_text(f"{_NUMBERS[name]} {passings}\n")
+    new.rename(path)
+
+
 @dataclass(frozen=True)
 class Record:
     """One step. time_ns is CLOCK_MONOTONIC; subject is a remote fd's id or a worker's number; what detail is, trace.h

@@ -9,22 +9,29 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from pcshare import runtime
+from pcshare.launcher import Coordinator
+from pcshare.status import read_status
 from pcshare.stress import plan, resources, troupe, world
+from pcshare.stress.crew import stderr_to
 from pcshare.stress.resources import Held
-from pcshare.stress.tally import Stuck, Tally
+from pcshare.stress.served import Served
+from pcshare.stress.tally import Stuck, Tally, Zero
 from pcshare.stress.troupe import Troupe
-from support import duration_s
+from support import duration_s, wait_until
 from support_coordinator import Serving, coordinator, die_with_parent
 
 ACTORS = 4
 STRESS_TIMEOUT_S = 95
+RESTART_LIMIT_S = 30
 PAGES = 64
 
 
@@ -85,7 +92,7 @@ def crew(served: Serving, data_file: Path) -> Iterator[Troupe]:
 
 
 def troupe_of(served: Serving, path: Path) -> Iterator[Troupe]:
-    facts = json.dumps({"draft": {"path": str(path), "slot_area": world.SLOT_AREA}})
+    facts = json.dumps({"draft": {"path": str(path), "slot_area": world.SLOT_AREA, "length": PAGES * plan.PAGE}})
     tally = Tally(seed=1)
     made = Troupe(served.socket, facts, 1, tally, lambda: None)
 
@@ -96,7 +103,7 @@ def troupe_of(served: Serving, path: Path) -> Iterator[Troupe]:
 
 
 ATTACH = {"kind": "attach", "slot": 0, "block": "draft", "mode": "rw"}
-CHECK = {"kind": "check", "slot": 0, "block": "draft", "mode": "rw", "seed": 1, "count": 5}
+CHECK: dict[str, Any] = {"kind": "check", "slot": 0, "block": "draft", "mode": "rw", "seed": 1, "count": 5}
 WRITE = {**CHECK, "kind": "write"}
 
 
@@ -115,7 +122,7 @@ def test_wrong_byte_is_a_failure(served: Serving, data_file: Path, tmp_path: Pat
         crew.tell(0, **ATTACH)
         crew.tell(0, **CHECK)
         crew.all_quiet()
-        assert crew.tally.mismatched_bytes > plan.PAGE // 2
+        assert crew.tally.zeros[Zero.WRONG_BYTES] > plan.PAGE // 2
         assert not crew.tally.ok
         assert "--seed 1" in crew.tally.failures[0]
 
@@ -130,21 +137,37 @@ def test_acknowledged_write_is_found_again_and_a_lost_one_is_a_failure(crew: Tro
     crew.quiet(0)
     assert crew.tally.ok
     lost = next(iter(written))
-    crew.tell(0, kind="verify", block="draft", written={**written, lost: "00" * plan.SLOT_BYTES})
+    crew.tell(0, kind="verify", block="draft", written={**written, lost: ["00" * plan.SLOT_BYTES]})
     crew.quiet(0)
     assert f"1 writes are lost, offsets [{lost}]" in crew.tally.failures[0]
+    assert crew.tally.zeros[Zero.LOST_WRITES] == 1
 
 
-def test_write_of_a_killed_actor_that_was_not_acknowledged_is_not_looked_for(crew: Troupe) -> None:
+def test_write_that_nobody_knows_of_is_a_failure(crew: Troupe) -> None:
+    """P2: where nobody wrote a slot holds what the source has."""
     crew.tell(0, **ATTACH)
     crew.tell(0, **WRITE)
     crew.quiet(0)
-    assert crew.ledger["draft"]
+    (unknown, _), *known = crew.ledger["draft"].items()
+    crew.tell(0, kind="verify", block="draft", written=dict(known))
+    crew.quiet(0)
+    assert f"1 writes are lost, offsets [{unknown}]" in crew.tally.failures[0]
+
+
+def test_write_of_a_killed_actor_that_was_not_acknowledged_may_be_there_or_not(crew: Troupe) -> None:
+    """P2: what was acknowledged before stays, whoever was killed."""
+    crew.tell(0, **ATTACH)
     crew.tell(0, **WRITE)
+    crew.quiet(0)
+    acknowledged = {offset: list(values) for offset, values in crew.ledger["draft"].items()}
+    again = {**WRITE, "count": 2 * int(WRITE["count"])}
+    crew.tell(0, **again)
     crew.kill(0)
     assert crew.tally.kills == 1
-    assert not crew.ledger["draft"] or crew.tally.ok
-    crew.tell(0, **ATTACH)  # the new one works
+    may_be = crew.ledger["draft"]
+    assert all(values[0] in may_be[offset] for offset, values in acknowledged.items())
+    assert {offset for offset, _ in world.slot_writes(PAGES * plan.PAGE, 0, 1, 2 * int(WRITE["count"]))} <= set(may_be)
+    crew.tell(0, kind="verify", block="draft", written=may_be)  # the new one works
     crew.quiet(0)
     assert crew.tally.ok
 
@@ -152,7 +175,7 @@ def test_write_of_a_killed_actor_that_was_not_acknowledged_is_not_looked_for(cre
 def test_actor_that_waits_for_ever_is_found(
     crew: Troupe, data_file: Path, served: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(troupe, "HANG_LIMIT_S", 1.0)
+    monkeypatch.setattr(troupe, "HANG_LIMIT_S", 3.0)
     (data_file.parent / world.ERROR_FILE).touch()
     crew.tell(0, **ATTACH)
     crew.tell(0, **CHECK)
@@ -182,6 +205,56 @@ def test_growth_names_the_resource_and_the_amount() -> None:
     assert str(growth).startswith(f"coordinator: fds grew by 6 from {before.fds} to {now.fds}")
 
 
+# -- a coordinator that is killed
+
+
+@pytest.fixture
+def watched(runtime_dir: Path, data_file: Path) -> Iterator[Served]:
+    """A coordinator as a round has it."""
+    with (
+        tempfile.TemporaryFile() as log,
+        stderr_to(log),
+        Coordinator(blocks={"draft": str(data_file)}, stream="lazy", writable=["draft"]) as made,
+    ):
+        served = Served(made, log, Tally(seed=1))
+        yield served
+        served.close()
+
+
+def look_until_it_serves(served: Served) -> None:
+    wait_until(lambda: served.look(read_status(served.name)), "another coordinator", RESTART_LIMIT_S)
+
+
+def test_coordinator_that_was_killed_is_expected_to_come_back(watched: Served) -> None:
+    before = watched.pid
+    watched.kill()
+    assert watched.is_changing()
+    look_until_it_serves(watched)
+    assert watched.pid != before
+    watched.check_log()
+    tally = watched._tally
+    assert (tally.coordinator_kills, tally.restarts, tally.failures) == (1, 1, [])
+
+
+def test_coordinator_that_dies_unasked_is_a_failure(watched: Served) -> None:
+    os.kill(watched.pid, signal.SIGKILL)
+    wait_until(lambda: read_status(watched.name).restarts == 1, "another coordinator", RESTART_LIMIT_S)
+    assert watched.look(read_status(watched.name))
+    watched.check_log()
+    (restarted, killed) = watched._tally.failures
+    assert "it was started again 1 times, and killed or replaced 0 times" in restarted
+    assert "was killed by signal 9, and not by us" in killed
+
+
+def test_coordinator_is_replaced_in_place(watched: Served) -> None:
+    before = watched.pid
+    watched.replace()
+    wait_until(lambda: watched.look(read_status(watched.name)) and not watched.is_being_replaced, "the other one", 30)
+    watched.check_log()
+    assert watched.pid != before
+    assert (watched._tally.replaces, watched._tally.failures) == (1, [])
+
+
 # -- the whole
 
 
@@ -201,8 +274,9 @@ def test_stress_finds_no_failure_and_says_what_it_did(runtime_dir: Path, seed: i
     assert told["ok"] is True
     assert told["seed"] == seed
     assert told["failures"] == []
-    assert told["mismatched_bytes"] == 0
-    for counted in ("seconds", "faults", "kills", "joins", "leaves", "bytes_checked"):
+    for zero in ("wrong_bytes", "lost_writes", "stuck", "leaks"):
+        assert told[zero] == 0
+    for counted in ("seconds", "faults", "kills", "coordinator_kills", "joins", "leaves", "bytes_checked"):
         assert told[counted] > 0
     assert told["actions"]["attach"] > 0
 

@@ -37,9 +37,10 @@ def command(seconds: float, helpers: int, seed: int | None, hold: bool, as_json:
     """Random helpers, joins, leaves and kills, with checks for leaks.
 
     Rounds of some seconds, each with a coordinator of its own: sources with holes, delays, limited rates and failures;
-    blocks read, written and copied on write; helpers in Python and C that attach, leave, fork, are stopped and killed;
-    a stream that is steered all the while. Every byte that a helper reads is compared with the source, every write is
-    looked for in the end, and what the coordinator holds is counted before, during and after.
+    blocks read, written and copied on write; helpers in Python and C that attach, leave and fork; a stream that is
+    steered all the while. Helpers, the coordinator and servers that are a source are stopped and killed at any moment.
+    Every byte that a helper reads is compared with the source, every write is looked for in the end, and what
+    coordinator and keeper hold is counted before, during and after.
 
     A seed repeats the sequence of actions. It does not repeat their timing: to see a failure again may take several
     runs of its seed.
@@ -74,5 +75,7 @@ def _say(summary: Summary) -> None:
         click.echo(f"FAILED {failure}", err=True)
     for note, times in summary.tally.notes.items():
         click.echo(f"pcshare: {note} ({times} times)", err=True)
+    told = ", ".join(f"{summary.tally.zeros[zero]:,} {zero.replace('_', ' ')}" for zero in summary.tally.must_be_zero())
+    click.echo(f"pcshare: {told}", err=True)
     verdict = "no failure" if summary.ok else f"{len(summary.tally.failures)} failures"
     click.echo(f"pcshare: {verdict} in {summary.seconds:.0f} s", err=True)

@@ -166,7 +166,7 @@ class Blocks:
         block = self._by_index[kept.index] = Block(source, kept.index, region)
         block.memory = kept.source
         memory = KeptMemory(kept.keeper_block)
-        ram = self._make_ram(block, keeper, kept.page_size, source.extents, memory, kept.writable)
+        ram = self._make_ram(block, keeper, kept.page_size, source.extents, memory, writable=kept.writable)
         block.cell = StateCell(State.LISTENING)
         patience_s = self._options.source_timeout_s if self._options.poison else None
         source.watch(self.links.of_block(block.index), patience_s)
@@ -212,9 +212,10 @@ class Blocks:
         page_size: int,
         extents: Sequence[tuple[int, int]] | CoreExtents,
         memory: DeferredMemory | KeptMemory | None = None,
+        *,
         writable: bool | None = None,
     ) -> RAMBlock:
-        """writable: of a block that is so, or not, already."""
+        """writable: what it was made as; a source that is complete does not say it any more. None: what it is to be."""
         source = block.source
         try:
             block.ram = RAMBlock(

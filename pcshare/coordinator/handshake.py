@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable
 
-from pcshare import protocol
+from pcshare import protocol, trace
 from pcshare.coordinator.blocks import Block, Blocks
 from pcshare.coordinator.helpers import Helpers
 from pcshare.coordinator.options import Options
@@ -132,6 +132,7 @@ class Handshake:
             fds.append(self._device.fileno())
         self.connection.send(protocol.pack_welcome(self._describe(block, mode, len(fds) == 3)), fds)
         self._block, self._mode = block, mode
+        trace.step("welcomed", block_index=block.index)
         return True
 
     def _describe(self, block: Block, mode: Mode, with_device: bool) -> Welcome:
@@ -168,6 +169,7 @@ class Handshake:
         helper = self._helpers.attach(block, self.connection, uffd_fd, message.maps, may_write=may_write)
         self.attached = True
         self._helpers.tell(helper, protocol.pack_ack(helper.slot))
+        trace.step("acked", block_index=block.index, subject=helper.slot)
         return False
 
     def _order(self, order: Admin | Replace) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-from pcshare import protocol
+from pcshare import protocol, trace
 from pcshare.coordinator.blocks import Block, Blocks
 from pcshare.coordinator.takeover import HelperTable, KeptHelper, kept_name
 from pcshare.errors import LimitReached, PcshareError, RemoteProtocolError
@@ -123,7 +123,9 @@ class Helpers:
             status.block_index, status.pid, status.uid = block.index, credentials.pid, credentials.uid
             self._table.write(slot, block.index, credentials.pid, credentials.uid, maps)
             self._store.put(kept_name(slot, may_write=may_write), [connection.fileno(), uffd.fileno()])
+            trace.step("kept", block_index=block.index, subject=slot)
             remote_id = self._serve(block, connection, uffd, maps, status)
+            trace.step("registered", block_index=block.index, subject=slot)
         except BaseException:
             self._forget(slot, may_write)
             raise
@@ -166,8 +168,10 @@ class Helpers:
                 self._segment.clear_helper(slot)
                 self._segment.header.helpers_left += 1
         self._free_slots = deque(slot for slot in self._free_slots if slot not in taken)
+        trace.step("helpers_taken")
         for helper in taken.values():
             self._tell_takeover(helper)
+        trace.step("helpers_told")
 
     def _take_one(self, one: KeptHelper, block: Block) -> Helper:
         connection = Connection.of(one.fds[0])
@@ -265,6 +269,7 @@ class Helpers:
         del self._by_id[helper.remote_id]
         self._forget(helper.slot, helper.may_write)
         self._segment.header.helpers_left += 1
+        trace.step("left", block_index=helper.block.index, subject=helper.slot)
 
     def _forget(self, slot: int, may_write: bool) -> None:
         self._store.remove(kept_name(slot, may_write=may_write))

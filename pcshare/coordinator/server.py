@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from pcshare import fds, probe, runtime, status
+from pcshare import fds, probe, runtime, status, trace
 from pcshare.coordinator.blocks import Blocks
 from pcshare.coordinator.exports import Exports
 from pcshare.coordinator.handshake import Handshake
@@ -243,6 +243,7 @@ class Server:
 
     def _take_over_blocks(self, before: Predecessor) -> None:
         state, kept_fds = before.state, before.take_numbered(SOURCE)
+        trace.step("taking_over")
         if self.options.takes_migration:
             incoming = self._make_incoming(before.take_all(INCOMING))
             if state.blocks:
@@ -253,6 +254,7 @@ class Server:
                 self.blocks.take_over(kept, source, self.blocks.region_of(kept), self._keeper, self.fault_threads)
         self.blocks.drop_unclaimed()
         self._keeper.sweep()
+        trace.step("blocks_taken")
         self.helpers.take_over(before.kept_helpers(), self.blocks)
 
     def _listened(self) -> None:
@@ -331,6 +333,7 @@ class Server:
         else:
             self._keep()
         self._store.tell_ready()
+        trace.step("ready")
         if self._parent is not None:
             self._parent.send(
                 event="ready",
@@ -481,9 +484,11 @@ class Server:
         """Helpers are told first: each unregisters on its own; then our own mappings are plain memory."""
         block = self.blocks.by_index(index)
         self.helpers.tell_end(block)
+        trace.step("end_told", block_index=index)
         self.fault_threads.complete_block(index)
         self._store.remove(f"{SOURCE}{index}")
         block.source.let_go()
+        trace.step("end_done", block_index=index)
         log.info("block %s is complete", block.idstr)
         if self.incoming is not None:
             self.incoming.block_ended()
@@ -528,6 +533,7 @@ class Server:
             os.pwrite(command.fileno(), b"".join(os.fsencode(word) + b"\0" for word in words), 0)
             self._store.put(NEXT_COMMAND, [command.fileno()])
         self.makes_way = True
+        trace.step("makes_way")
         self._stop_write.send(b"\0")
 
     def leave(self) -> None:

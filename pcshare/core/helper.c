@@ -15,6 +15,7 @@
 #include <string.h>
 #include <time.h>
 #include "helper_internal.h"
+#include "trace.h"
 
 enum { CONNECT_AGAIN_MS = 10 }; /* a coordinator accepts some twenty helpers in that time */
 
@@ -99,6 +100,7 @@ void attachment_release(struct pcshare_attachment *a, int keep_reserved)
     attachment_set_state(a, ATTACHMENT_LIMBO);
     requests_finish_all(a, -ECANCELED);
     memory_release(a, keep_reserved);
+    trace_point(TRACE_HELPER_LEAVE, 0, 0, 0, 0);
     link_send_leave(a);
     link_close(a);
     fd_close(&a->uffd); /* after the mapping: while that can be read, a uffd must be open */
@@ -183,6 +185,7 @@ static int settle_complete(struct pcshare_attachment *a)
     int rc = 0;
 
     library_lock();
+    trace_point(TRACE_HELPER_COMPLETE, 0, 0, 0, 0);
     if (a->data)
         memory_complete(a);
     else
@@ -206,8 +209,10 @@ static int hand_over(struct pcshare_attachment *a)
 
     library_lock();
     rc = memory_map_guarded(a);
-    if (rc == 0)
+    if (rc == 0) {
+        trace_point(TRACE_HELPER_MAPPED, 0, 0, 0, 0);
         rc = link_send_attach(a);
+    }
     library_unlock();
     return rc;
 }
@@ -218,6 +223,7 @@ static int settle_attached(struct pcshare_attachment *a)
 
     library_lock();
     attachment_set_state(a, PCSHARE_ATTACHED);
+    trace_point(TRACE_HELPER_ACKED, 0, 0, 0, 0);
     rc = sentinel_start();
     library_unlock();
     return rc;

@@ -11,6 +11,7 @@
 #include <unistd.h>
 #include "fd_message.h"
 #include "helper_internal.h"
+#include "trace.h"
 
 _Static_assert((int)WIRE_FDS_MAX <= (int)FD_MESSAGE_FDS_MAX, "a message's fds fit");
 
@@ -103,6 +104,7 @@ static int say_hello(struct pcshare_attachment *a)
     if (rc < 0 && rc != -EPIPE) /* hung up already: what it says first is still to be read */
         return helper_fail(-rc, "%s: sending HELLO: %s", a->socket_path, strerror(-rc));
     a->link = LINK_HELLO;
+    trace_point(TRACE_HELPER_HELLO, 0, 0, 0, 0);
     return 0;
 }
 
@@ -138,6 +140,7 @@ int link_send_attach(struct pcshare_attachment *a)
     if (rc < 0 && rc != -EPIPE)
         return helper_fail(-rc, "%s: sending ATTACH: %s", a->socket_path, strerror(-rc));
     a->link = LINK_ATTACH;
+    trace_point(TRACE_HELPER_ATTACH, 0, 0, 0, 0);
     return 0;
 }
 
@@ -151,7 +154,9 @@ int link_send_request(struct pcshare_attachment *a, const struct helper_request 
     };
 
     message.header.cookie = request->cookie;
-    return fd_message_send(a->socket, &message, sizeof(message), NULL, 0, MSG_DONTWAIT);
+    int rc = fd_message_send(a->socket, &message, sizeof(message), NULL, 0, MSG_DONTWAIT);
+    trace_point(TRACE_HELPER_REQUEST, 0, 0, request->offset, request->length);
+    return rc;
 }
 
 void link_send_leave(struct pcshare_attachment *a)

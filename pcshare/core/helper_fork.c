@@ -17,6 +17,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #include "helper_internal.h"
+#include "trace.h"
 
 struct library library = {
     .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -77,6 +78,7 @@ static void restore(struct pcshare_attachment *a)
     fd_close(&a->uffd);
     if (memory_guard_in_child(a) < 0)
         end_child();
+    trace_point(TRACE_HELPER_FORK_CHILD, 0, 0, 0, 0);
     if (a->state != PCSHARE_LOST) {
         attachment_set_state(a, PCSHARE_ORPHANED);
         a->orphan_since_ms = helper_now_ms();

@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <unistd.h>
 #include "helper_internal.h"
+#include "trace.h"
 #include "uffd.h"
 
 #define EVENT_FEATURES                                                                                                 \
@@ -34,6 +35,7 @@ static void note_why(struct pcshare_attachment *a)
 
 static void become_complete(struct pcshare_attachment *a)
 {
+    trace_point(TRACE_HELPER_COMPLETE, 0, 0, 0, 0);
     memory_complete(a);
     link_send_leave(a);
     link_close(a);
@@ -81,6 +83,7 @@ static void become_attached(struct pcshare_attachment *a)
 {
     a->why[0] = '\0';
     attachment_set_state(a, PCSHARE_ATTACHED);
+    trace_point(TRACE_HELPER_ACKED, 0, 0, 0, 0);
     uffd_wake_all(a->uffd); /* what a dead coordinator had read comes again, to the new one */
     requests_send_again(a);
 }
@@ -103,6 +106,7 @@ static int hear_takeover(struct pcshare_attachment *a, struct link_message *mess
     int is_complete;
     int rc = link_accept_ack(a, message, &is_complete);
 
+    trace_point(TRACE_HELPER_TAKEN_OVER, 0, 0, 0, 0);
     if (rc == 0 && is_complete)
         become_complete(a);
     else if (rc == 0)

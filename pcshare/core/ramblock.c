@@ -576,6 +576,8 @@ static int place_run(struct ramblock *b, uint64_t page, uint64_t n, const uint8_
         int rc = bytes ? copy_in(b, at, n - placed, bytes + placed * b->page_size, &done)
                        : zero_in(b, at, n - placed, &done);
 
+        if (done)
+            trace_point(TRACE_PLACED, b->index, 0, at, done / b->page_size);
         finish_pages(b, at, done / b->page_size);
         placed += done / b->page_size;
         *placed_pagesp += done / b->page_size;

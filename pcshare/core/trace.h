@@ -1,7 +1,13 @@
-/* trace: fixed-size records in a shared ring, written by whoever takes a step, decoded by views/trace.py.
+/* trace: the steps of a process, by name: written as fixed-size records into a shared ring, decoded by
+ * views/trace.py, and at one of them the process can be made to die.
  *
- * Costs one test of a pointer while nobody traces. Never blocks, never allocates; when the ring is full the oldest
- * records are overwritten.
+ * Costs one load and one test while nobody wants anything. Never blocks, never allocates; when the ring is full the
+ * oldest records are overwritten.
+ *
+ * To die: PCSHARE_DIE_AT names a file that says "STEP N\n", STEP a number of the table below. It is read when the
+ * library is loaded. At the N-th time that a thread of the process passes the step, the process removes the file and,
+ * if it was the one that removed it, kills itself with SIGKILL; so one file is the death of one process, also where
+ * those that follow it read the same variable.
  */
 #ifndef PCSHARE_TRACE_H
 #define PCSHARE_TRACE_H
@@ -15,6 +21,7 @@ enum {
 };
 
 enum {
+    /* the coordinator's core */
     TRACE_THREAD_START = 1,
     TRACE_THREAD_QUIT = 2,
     TRACE_BLOCK_ADD = 3,
@@ -34,6 +41,36 @@ enum {
     TRACE_SOURCE_ERROR = 17,   /* detail: errno */
     TRACE_STREAM_REQUEST = 18, /* detail: pages */
     TRACE_RANGE_REQUEST = 19,  /* detail: pages */
+    TRACE_PLACED = 20,         /* the memory has it, the bitmap not yet; detail: pages */
+    /* the coordinator's Python; subject: the helper's slot */
+    TRACE_WELCOMED = 40,
+    TRACE_KEPT = 41, /* its fds are, for the coordinator after this one */
+    TRACE_REGISTERED = 42,
+    TRACE_ACKED = 43,
+    TRACE_LEFT = 44,
+    TRACE_END_TOLD = 45,       /* to a block's helpers */
+    TRACE_END_DONE = 46,       /* a block is plain memory */
+    TRACE_TAKING_OVER = 47,    /* what was kept is here */
+    TRACE_BLOCKS_TAKEN = 48,
+    TRACE_HELPERS_TAKEN = 49,
+    TRACE_HELPERS_TOLD = 50,
+    TRACE_READY = 51,
+    TRACE_MAKES_WAY = 52,
+    /* a helper */
+    TRACE_HELPER_HELLO = 60,  /* sent */
+    TRACE_HELPER_MAPPED = 61, /* and registered */
+    TRACE_HELPER_ATTACH = 62, /* sent */
+    TRACE_HELPER_ACKED = 63,
+    TRACE_HELPER_REQUEST = 64,     /* sent; page: where, in bytes */
+    TRACE_HELPER_TAKEN_OVER = 65,  /* another coordinator serves it */
+    TRACE_HELPER_COMPLETE = 66,
+    TRACE_HELPER_LEAVE = 67,       /* its mapping is gone, the coordinator does not know */
+    TRACE_HELPER_FORK_CHILD = 68,  /* in the child, which has its memory anew */
+    /* a server of files or blocks */
+    TRACE_SERVER_ACCEPTED = 80,
+    TRACE_SERVER_AGREED = 81, /* the handshake is over */
+    TRACE_SERVER_REQUEST = 82,
+    TRACE_SERVER_ANSWERED = 83,
 };
 
 struct trace_record {

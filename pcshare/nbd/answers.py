@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from pcshare import trace
 from pcshare.errors import PcshareError
 from pcshare.nbd.export import Piece
 from pcshare.nbd.greeting import CONTEXT, Agreement
@@ -178,6 +179,7 @@ class Answers:
             self._room.release()
 
     def _answer(self, request: _Request) -> None:
+        trace.step("server_request")
         try:
             if request.command == Command.BLOCK_STATUS:
                 self._tell_extents(request)
@@ -252,6 +254,7 @@ class Answers:
             if self._gone.is_set():
                 raise HungUp
             self._stream.send(pieces)
+        trace.step("server_answered")
 
 
 def _chunk_header(request: _Request, kind: Chunk, length: int, flags: int) -> bytes:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from pcshare import trace
 from pcshare.nbd.answers import Answers
 from pcshare.nbd.export import Export, Exports, FileRange, Piece
 from pcshare.nbd.greeting import Greeting
@@ -45,6 +46,7 @@ class _Connection:
         try:
             agreement = Greeting(self._stream, self._server.exports).run()
             if agreement is not None:
+                trace.step("server_agreed")
                 self._serve(Answers(self._stream, agreement))
         except (HungUp, TimeoutError):
             pass
@@ -132,6 +134,7 @@ class Server:
             end.close()
             return True
         self.adopt(stream)
+        trace.step("server_accepted")
         return True
 
     # -- life

@@ -19,9 +19,10 @@ from collections.abc import Callable
 from typing import Any
 
 from pcshare.client import Block, attach
-from pcshare.errors import PcshareError, SourceLost
+from pcshare.errors import LimitReached, PcshareError, SourceLost
 from pcshare.stress.plan import PAGE, SLOT_BYTES
-from pcshare.stress.world import differing
+from pcshare.stress.world import differing, pages_of, run_of_pages, slot_writes
+from pcshare.trace import DIE_VARIABLE
 
 ATTACH_TIMEOUT_S = 30.0
 ENSURE_TIMEOUT_S = 60.0
@@ -39,6 +40,7 @@ class Attachment:
         self.fd = os.open(world["path"], os.O_RDONLY | os.O_CLOEXEC)
         self.writer = writer
         self.own: dict[int, bytes] = {}  # cow: what is written stays here
+        self.slowest_s = 0.0  # the longest touch since somebody asked
 
     def close(self) -> None:
         self.view.release()
@@ -49,22 +51,27 @@ class Attachment:
         return -(-len(self.view) // PAGE)
 
     def pages(self, seed: int, count: int) -> list[int]:
-        """Random ones, or a run of neighbours."""
-        rng = random.Random(seed)
-        if rng.random() < 0.5:
-            return self.run(seed, count)
-        return [rng.randrange(self.page_count()) for _ in range(count)]
+        return pages_of(self.page_count(), seed, count)
 
     def run(self, seed: int, count: int) -> list[int]:
-        """Neighbours."""
-        first = random.Random(seed).randrange(self.page_count())
-        return list(range(first, min(first + count, self.page_count())))
+        return run_of_pages(self.page_count(), seed, count)
+
+    def _touch(self, page: int) -> bytes:
+        """Its bytes; waits for them if they are not here, and notes how long."""
+        start_s = time.monotonic()
+        found = bytes(self.view[page * PAGE : (page + 1) * PAGE])
+        self.slowest_s = max(self.slowest_s, time.monotonic() - start_s)
+        return found
+
+    def take_slowest_ms(self) -> float:
+        slowest_s, self.slowest_s = self.slowest_s, 0.0
+        return round(slowest_s * 1000, 3)
 
     def check(self, pages: list[int]) -> tuple[int, int, list[int]]:
         """(bytes compared, bytes that differ, pages with such)."""
         checked, wrong, where = 0, 0, []
         for page in pages:
-            found = bytes(self.view[page * PAGE : (page + 1) * PAGE])
+            found = self._touch(page)
             expected = self._expected(page)
             bad = differing(found, expected, self.slot_area)
             checked += len(found)
@@ -76,14 +83,10 @@ class Attachment:
     def _expected(self, page: int) -> bytes:
         return self.own.get(page) or os.pread(self.fd, PAGE, page * PAGE)
 
-    def write(self, pages: list[int], seed: int) -> list[tuple[int, str]]:
+    def write(self, seed: int, count: int) -> list[tuple[int, str]]:
         """Into this writer's slot of each page: (offset, value as hex)."""
         written = []
-        for page in sorted(set(pages)):
-            offset = page * PAGE + self.writer * SLOT_BYTES
-            if offset + SLOT_BYTES > len(self.view):
-                continue
-            value = random.Random(seed * self.page_count() + page).randbytes(SLOT_BYTES)
+        for offset, value in slot_writes(len(self.view), self.writer, seed, count):
             self.view[offset : offset + SLOT_BYTES] = value
             written.append((offset, value.hex()))
         return written
@@ -96,13 +99,19 @@ class Attachment:
             self.view[start:stop] = value
             self.own[page] = value
 
-    def verify(self, written: dict[str, str]) -> list[int]:
-        """Offsets at which what was acknowledged is no longer there."""
-        return [
-            int(offset)
-            for offset, value in written.items()
-            if bytes(self.view[int(offset) : int(offset) + SLOT_BYTES]).hex() != value
-        ]
+    def verify(self, written: dict[str, list[str]]) -> list[int]:
+        """Offsets of slots that hold none of what they may: what was acknowledged last or, after the death of a writer,
+        what it was about to write; where nobody wrote, what the source has."""
+        lost = []
+        for page in range(self.page_count() if self.slot_area else 0):
+            area = slice(page * PAGE, min(page * PAGE + self.slot_area, len(self.view)))
+            found, source = bytes(self.view[area]), os.pread(self.fd, self.slot_area, page * PAGE)
+            for start in range(0, len(found) - SLOT_BYTES + 1, SLOT_BYTES):
+                slot = slice(start, start + SLOT_BYTES)
+                offset = page * PAGE + start
+                if found[slot].hex() not in written.get(str(offset), [source[slot].hex()]):
+                    lost.append(offset)
+        return lost
 
 
 class Actor:
@@ -114,7 +123,14 @@ class Actor:
 
     def carry_out(self, order: dict[str, Any]) -> dict[str, Any]:
         """The answer; {"absent": true} where the attachment is not there."""
-        joins = {"attach": self._attach, "churn": self._churn, "leave_all": self._leave_all, "verify": self._verify}
+        joins = {
+            "attach": self._attach,
+            "churn": self._churn,
+            "leave_all": self._leave_all,
+            "check_all": self._check_all,
+            "verify": self._verify,
+            "complete": self._complete,
+        }
         uses: dict[str, Callable[[Attachment, dict[str, Any]], dict[str, Any]]] = {
             "check": self._check,
             "ensure": self._ensure,
@@ -138,6 +154,23 @@ class Actor:
             self._slots.popitem()[1].close()
         return {}
 
+    def _check_all(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Some pages of each attachment: nothing is lost or wrong for those who were there all the time."""
+        told: dict[str, Any] = {"checked": 0, "wrong": 0, "pages": []}
+        for attachment in self._slots.values():
+            seen = self._compare(attachment, attachment.pages(order["seed"], order["count"]))
+            told |= {key: told[key] + seen[key] for key in told}
+        return told
+
+    def _complete(self, order: dict[str, Any]) -> dict[str, Any]:
+        """All of a block, so that it comes to its end while somebody is attached."""
+        attachment = self._open(order["block"], order["mode"])
+        try:
+            attachment.block.ensure(timeout_s=ENSURE_TIMEOUT_S)
+            return self._compare(attachment, list(range(attachment.page_count())))
+        finally:
+            attachment.close()
+
     def _churn(self, order: dict[str, Any]) -> dict[str, Any]:
         """Comes and goes, again and again, and looks at one page each time."""
         told: dict[str, Any] = {"checked": 0, "wrong": 0, "pages": []}
@@ -147,7 +180,7 @@ class Actor:
                 seen = self._compare(attachment, attachment.pages(order["seed"] + i, 1)[:1])
             finally:
                 attachment.close()
-            told = {key: told[key] + seen[key] for key in told}
+            told |= {key: told[key] + seen[key] for key in told}
         return told
 
     def _open(self, block: str, mode: str) -> Attachment:
@@ -171,7 +204,7 @@ class Actor:
     @staticmethod
     def _compare(attachment: Attachment, pages: list[int]) -> dict[str, Any]:
         checked, wrong, where = attachment.check(pages)
-        return {"checked": checked, "wrong": wrong, "pages": where}
+        return {"checked": checked, "wrong": wrong, "pages": where, "slowest_ms": attachment.take_slowest_ms()}
 
     def _check(self, attachment: Attachment, order: dict[str, Any]) -> dict[str, Any]:
         return self._compare(attachment, attachment.pages(order["seed"], order["count"]))
@@ -189,8 +222,7 @@ class Actor:
 
     @staticmethod
     def _write(attachment: Attachment, order: dict[str, Any]) -> dict[str, Any]:
-        pages = attachment.pages(order["seed"], order["count"])
-        return {"written": attachment.write(pages, order["seed"])}
+        return {"written": attachment.write(order["seed"], order["count"])}
 
     def _cow(self, attachment: Attachment, order: dict[str, Any]) -> dict[str, Any]:
         pages = attachment.pages(order["seed"], order["count"])
@@ -208,7 +240,7 @@ class Actor:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        killed = code == -signal.SIGKILL and bool(order["after_ms"])
+        killed = code == -signal.SIGKILL and (bool(order["after_ms"]) or DIE_VARIABLE in os.environ)
         if code == -signal.SIGBUS:
             return {"lost": True}
         if code == CHILD_DIFFERS:
@@ -238,6 +270,8 @@ def main() -> None:
             answer = actor.carry_out(order)
         except SourceLost:
             answer = {"lost": True}
+        except LimitReached:
+            answer = {"refused": True}
         except PcshareError as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps({"id": order["id"], **answer}), flush=True)

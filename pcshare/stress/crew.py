@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -35,6 +35,7 @@ class Order:
     id: int
     content: dict[str, Any]
     sent_s: float
+    outages: set[int] = field(default_factory=set)  # times without a coordinator that it met
 
 
 @dataclass
@@ -50,7 +51,7 @@ class ActorProcess:
     _buffer: bytes = b""
 
     @classmethod
-    def start(cls, socket: str, writer: int, world: str) -> ActorProcess:
+    def start(cls, socket: str, writer: int, world: str, environment: Mapping[str, str]) -> ActorProcess:
         errors = tempfile.TemporaryFile()  # noqa: SIM115 (close() closes it)
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "pcshare.stress.actor", socket, str(writer), world],
@@ -58,6 +59,7 @@ class ActorProcess:
             stdout=subprocess.PIPE,
             stderr=errors,
             bufsize=0,
+            env={**os.environ, **environment},
         )
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
@@ -71,14 +73,15 @@ class ActorProcess:
         assert self.process.stdout is not None
         return self.process.stdout.fileno()
 
-    def tell(self, number: int, content: dict[str, Any]) -> None:
+    def tell(self, number: int, content: dict[str, Any]) -> Order:
         """Gives an order; a process that has died is noticed when it is heard."""
         assert self.process.stdin is not None
         if not self.pending:
             self.heard_s = time.monotonic()
-        self.pending[number] = Order(number, content, time.monotonic())
+        order = self.pending[number] = Order(number, content, time.monotonic())
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps({"id": number, **content}).encode() + b"\n")
+        return order
 
     def hear(self) -> Iterator[tuple[Order, dict[str, Any]]]:
         """Answers that have come, with what they answer."""
@@ -147,11 +150,12 @@ class Program:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
+            process_group=0,
         )
         return cls(name, process, expected, time.monotonic())
 
     def kill(self) -> None:
-        """At this very moment; it may be attaching."""
+        """At this very moment; it may be attaching. Its children, if it has any, find out."""
         if self.process.poll() is None:
             self.process.kill()
             self.killed = True
@@ -171,16 +175,25 @@ class Program:
         return {}, err.strip()[-COMPLAINT_CHARS:]
 
     def close(self) -> None:
-        self.kill()
+        """With its children: they may wait for pages, and hold its pipes open."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
 
 
-def stop(actor: ActorProcess) -> None:
-    actor.process.send_signal(signal.SIGSTOP)
-
-
-def go_on(actor: ActorProcess) -> None:
-    actor.process.send_signal(signal.SIGCONT)
+@contextlib.contextmanager
+def environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """What is started inside has these variables, too. Only for moments in which nobody else starts anything."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

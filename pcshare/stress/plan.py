@@ -7,7 +7,7 @@ seed always gives one sequence.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 PAGE = 4096
@@ -30,6 +30,9 @@ GARBAGE_BYTES_MAX = 4096
 RATE_MIN, RATE_MAX = 1 << 15, 1 << 21  # bytes a second of the stream: nothing may be complete too soon
 STOP_MAX_MS = 400
 SOURCE_ERROR_MAX_MS = 300
+SOURCE_AWAY_MAX_MS = 800  # a server that is the source, from its death until another one listens
+SOURCE_TIMEOUT_S = 0.3  # with poison: shorter than that, so that some absences are losses and some are none
+HELPERS_FEW_MIN, HELPERS_FEW_MAX = 3, 9  # of a coordinator with a low limit: fewer than what wants to attach
 CHURN_MAX = 100  # attachments one after the other, for what leaks only a little each time
 SEED_MAX = 1 << 32
 
@@ -45,9 +48,12 @@ WEIGHTS = {
     "fork": 5,
     "kill": 4,
     "kill_attaching": 6,
-    "stop": 3,
+    "stop": 5,
     "touch": 12,
     "kill_touch": 10,
+    "kill_coordinator": 3,
+    "replace": 0.5,
+    "kill_source": 3,
     "helper": 1,
     "stream": 6,
     "source_error": 3,
@@ -58,12 +64,14 @@ WEIGHTS = {
 # killed, while they still need pages, which must then be SIGBUS and nothing else.
 ENDINGS = {"leave": 4, "stay": 2, "stopped": 2, "killed": 2}
 HELPER_PROGRAMS = ("scan", "random_lookup", "forking_pool", "numpy_user")
+STOPPED = ("actor", "actor", "coordinator", "keeper", "source", "program")  # who gets a SIGSTOP
 STREAM_ORDERS = ("pause", "resume", "rate", "rate", "lazy", "lazy", "eager")
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """One block. kind: holes (a sparse file), array (.npy), draft (a file that helpers write), zero."""
+    """One block. kind: holes (a sparse file), array (.npy), draft (a file that helpers write), zero. served: its source
+    is a server's process."""
 
     name: str
     kind: str
@@ -72,6 +80,7 @@ class BlockPlan:
     delay_us: int
     rate: int  # bytes a second: without, the first ensure or a moment of eager streaming would end all missing
     seed: int
+    served: bool
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -94,7 +103,7 @@ class Action:
     mode: str = ""
     seed: int = 0
     count: int = 0
-    after_ms: int = 0  # until the kill, the end of the stop or of the source's failure
+    after_ms: int = 0  # until the kill, the end of the stop, of the source's failure or of its absence
     order: str = ""
 
 
@@ -107,7 +116,16 @@ class RoundPlan:
     poison: bool
     fault_threads: int | None  # None: the default
     ending: str  # one of ENDINGS
+    keeper: bool  # a coordinator that is killed is started again
+    helpers_max: int | None  # a low limit: who is too many is told so
+    source_timeout_s: float = SOURCE_TIMEOUT_S
+    nbdkit: bool = True  # is the server, where it is installed
+    dies_at_steps: bool = False  # processes are told at which step to die
     actions: list[Action] = field(default_factory=list)
+
+    @property
+    def served(self) -> list[BlockPlan]:
+        return [block for block in self.blocks if block.served]
 
 
 def rounds(seed: int, actors: int) -> Iterator[RoundPlan]:
@@ -121,6 +139,8 @@ def rounds(seed: int, actors: int) -> Iterator[RoundPlan]:
 def draw_round(seed: int, number: int, actors: int) -> RoundPlan:
     rng = random.Random(f"{seed}:{number}:{actors}")
     huge = rng.random() < 0.2
+    few = rng.randrange(HELPERS_FEW_MIN, HELPERS_FEW_MAX) if rng.random() < 0.15 else None
+    ending = "leave" if few else rng.choices(list(ENDINGS), list(ENDINGS.values()))[0]
     plan = RoundPlan(
         number=number,
         blocks=_draw_blocks(rng, huge),
@@ -128,11 +148,13 @@ def draw_round(seed: int, number: int, actors: int) -> RoundPlan:
         huge=huge,
         poison=rng.random() < 0.3,
         fault_threads=rng.choice([None, None, 1, 3]),
-        ending=rng.choices(list(ENDINGS), list(ENDINGS.values()))[0],
+        ending=ending,
+        keeper=ending != "killed" or rng.random() < 0.5,
+        helpers_max=few,
     )
     books: Books = {actor: [] for actor in range(actors)}
     for number in range(rng.randrange(ACTIONS_MIN, ACTIONS_MAX)):
-        plan.actions.append(_draw_action(rng, plan, books, number))
+        plan.actions.append(draw_action(rng, plan, books, number, WEIGHTS))
     return plan
 
 
@@ -165,14 +187,15 @@ def _draw_block(rng: random.Random, name: str, huge: bool) -> BlockPlan:
         delay_us=rng.choice([0, 100, 300, 1000]),
         rate=rng.choice([2 << 20, 4 << 20, 8 << 20]) * (4 if huge else 1),
         seed=rng.randrange(SEED_MAX),
+        served=name in ("holes", "draft") and rng.random() < 0.4,
     )
 
 
-def _draw_action(rng: random.Random, plan: RoundPlan, books: Books, number: int) -> Action:
+def draw_action(rng: random.Random, plan: RoundPlan, books: Books, number: int, weights: Mapping[str, float]) -> Action:
     """One that is possible by the books, and booked."""
     pause_ms = rng.randrange(PAUSE_MAX_MS) if rng.random() < 0.5 else 0
     while True:
-        kind = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        kind = rng.choices(list(weights), list(weights.values()))[0]
         actor = rng.randrange(len(books))
         draw = _draw_use if kind in USES else _draw_join if kind in JOINS else _draw_event
         action = draw(rng, plan, Action(kind, pause_ms, actor, seed=rng.randrange(SEED_MAX)), books[actor], number)
@@ -190,7 +213,7 @@ def _draw_use(
     """Something that is done with an attachment, if the actor has one that it can be done with."""
     wanted = {"write": "rw", "cow": "cow"}.get(action.kind)
     fitting = [one for one in attached if wanted in (None, one.mode)]
-    if not fitting:
+    if not fitting or (action.kind == "fork" and plan.helpers_max):  # a child that is too many waits, and gives up
         return None
     one = rng.choice(fitting)
     if action.kind == "leave":
@@ -219,11 +242,17 @@ def _draw_join(
     return replace(action, after_ms=rng.randrange(KILL_AFTER_MAX_MS if action.kind == "kill" else KILL_ATTACH_MAX_MS))
 
 
-def _draw_event(rng: random.Random, plan: RoundPlan, action: Action, attached: list[Booked], number: int) -> Action:
+def _draw_event(
+    rng: random.Random, plan: RoundPlan, action: Action, attached: list[Booked], number: int
+) -> Action | None:
     """Something that happens to the coordinator, its source, or an actor; or a program that comes and goes."""
     kind = action.kind
+    if kind in ("kill_coordinator", "replace"):
+        return replace(action, after_ms=rng.randrange(KILL_AFTER_MAX_MS)) if plan.keeper else None
+    if kind == "kill_source":
+        return _draw_absence(rng, plan, action)
     if kind == "stop":
-        return replace(action, after_ms=rng.randrange(STOP_MAX_MS))
+        return replace(action, after_ms=rng.randrange(STOP_MAX_MS), order=rng.choice(STOPPED))
     if kind == "source_error":
         return replace(action, after_ms=rng.randrange(1, SOURCE_ERROR_MAX_MS))
     if kind == "stream":
@@ -233,7 +262,15 @@ def _draw_event(rng: random.Random, plan: RoundPlan, action: Action, attached: l
     block = rng.choice([block for block in plan.blocks if not block.writable or kind != "helper"])
     if kind == "helper":
         # a pool of the standard library waits for ever for a worker that died of a lost page
-        programs = [program for program in HELPER_PROGRAMS if not (plan.poison and program == "forking_pool")]
+        forks = not plan.poison and not plan.helpers_max
+        programs = [program for program in HELPER_PROGRAMS if forks or program != "forking_pool"]
         return replace(action, block=block.name, order=rng.choice(programs))
     count = rng.randrange(1, HUGE_TOUCHES_MAX if plan.huge else TOUCHES_MAX)
     return replace(action, block=block.name, count=count, after_ms=rng.randrange(KILL_TOUCH_MAX_MS))
+
+
+def _draw_absence(rng: random.Random, plan: RoundPlan, action: Action) -> Action | None:
+    """A server that is a source dies, and another one comes."""
+    if not plan.served:
+        return None
+    return replace(action, block=rng.choice(plan.served).name, after_ms=rng.randrange(SOURCE_AWAY_MAX_MS))

@@ -15,6 +15,10 @@ import psutil
 FDS_PER_HELPER = 3  # its uffd, its connection, and the core's copy of that
 FDS_HANDSHAKES = 64  # connections that have not become helpers yet, or whose helper is dead and not reaped
 FDS_LEFT = 0  # when all have gone nothing of them stays
+FDS_PER_SERVER = 2  # connections to a source; one that was not there at first may be later
+THREADS_PER_SERVER = 2  # and who reads their answers
+KEEPER_FDS_PER_HELPER = 2  # what it keeps for the coordinator after this one: its connection and its uffd
+KEEPER_FDS_HANDSHAKES = 32  # those who are kept already and not yet shown, or not shown any more and still kept
 THREADS_PER_FILE = 18  # readers that a file's channel starts when it needs them: 16 for demand, 2 for the stream
 USS_LEFT_BYTES = 16 << 20  # allocators keep what a busy time took: reading buffers, Python's arenas
 RSS_LEFT_BYTES = 24 << 20  # the same, and pages of libraries that were touched only now
@@ -82,27 +86,35 @@ def grown(whose: str, before: Held, now: Held, allowed: dict[str, int]) -> list[
     return found
 
 
-def allowed_during(helpers: int, files: int, pages_bytes: int, page_size: int) -> dict[str, int]:
-    """Of a coordinator with so many helpers attached and so many file sources."""
-    fds = FDS_PER_HELPER * helpers + FDS_HANDSHAKES
+def allowed_during(helpers: int, files: int, servers: int, pages_bytes: int, page_size: int) -> dict[str, int]:
+    """Of a coordinator with so many helpers attached and so many sources."""
+    fds = FDS_PER_HELPER * helpers + FDS_HANDSHAKES + FDS_PER_SERVER * servers
     return {
         "fds": fds,
         "sockets": fds,
-        "threads": THREADS_PER_FILE * files,
+        "threads": THREADS_PER_FILE * files + THREADS_PER_SERVER * servers,
         "rss": RSS_LEFT_BYTES + BUFFERS_KEPT * page_size + pages_bytes,
         "uss": USS_LEFT_BYTES + BUFFERS_KEPT * page_size + pages_bytes,
     }
 
 
-def allowed_after(files: int, pages_bytes: int, page_size: int) -> dict[str, int]:
+def allowed_after(files: int, servers: int, pages_bytes: int, page_size: int) -> dict[str, int]:
     """When every helper has gone."""
     return {
-        "fds": FDS_LEFT,
-        "threads": THREADS_PER_FILE * files,
+        "fds": FDS_LEFT + FDS_PER_SERVER * servers,
+        "sockets": FDS_LEFT + FDS_PER_SERVER * servers,
+        "threads": THREADS_PER_FILE * files + THREADS_PER_SERVER * servers,
         "rss": RSS_LEFT_BYTES + BUFFERS_KEPT * page_size + pages_bytes,
         "uss": USS_LEFT_BYTES + BUFFERS_KEPT * page_size,
     }
 
 
-def allowed_keeper(pages_bytes: int) -> dict[str, int]:
+def allowed_keeper(helpers: int, pages_bytes: int) -> dict[str, int]:
+    """While so many helpers are attached."""
+    fds = KEEPER_FDS_PER_HELPER * helpers + KEEPER_FDS_HANDSHAKES
+    return {**allowed_keeper_after(pages_bytes), "fds": fds, "sockets": fds}
+
+
+def allowed_keeper_after(pages_bytes: int) -> dict[str, int]:
+    """When every helper has gone."""
     return {"rss": KEEPER_BYTES + pages_bytes, "uss": KEEPER_BYTES + pages_bytes}

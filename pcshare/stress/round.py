@@ -14,24 +14,32 @@ from pathlib import Path
 
 import psutil
 
-from pcshare import admin, errors, runtime, transport
+from pcshare import errors, runtime, trace, transport
 from pcshare.launcher import Coordinator, Event
 from pcshare.protocol import AdminOp
 from pcshare.status import StatusReport, read_status
-from pcshare.stress import crew, resources, stacks, world
+from pcshare.stress import crew, resources, servers, stacks, troupe, world
+from pcshare.stress.arms import Arms
 from pcshare.stress.plan import HUGE_PAGE, PAGE, Action, RoundPlan
 from pcshare.stress.resources import Held
-from pcshare.stress.tally import Stuck, Tally
+from pcshare.stress.served import RESTART_LIMIT_S, Served
+from pcshare.stress.servers import Server
+from pcshare.stress.tally import Stuck, Tally, Zero
 from pcshare.stress.troupe import Troupe
 
 RESOURCES_PERIOD_S = 1.0
 LEAVE_LIMIT_S = 20.0
 LOOK_AGAIN_S = 0.002
-ORPHAN_TIMEOUT_S = 1.0
+# How long helpers wait for a coordinator: one that is killed is back in time for a child of fork, which must find it.
+ORPHAN_TIMEOUT_S, ORPHAN_TIMEOUT_KILLS_S = 1.0, 15.0
+ORDER_AGAIN_MS = 50
 LAST_SLOT = -2  # no action of a plan has it
 LAST_ORDER = -1  # and no order this number or one below
 RESUMES_MAX = 50  # in a row, while no source fails: more means that it never works
 GARBAGE_TIMEOUT_S = 5.0
+STEP_LIMIT_S = 6.0  # until somebody has died at its step, counted from the last thing that was done for it
+HOSTILE_LIMIT_S = 20.0  # a helper that breaks the rules takes that long at most, or is killed
+CHECK_ALL_PAGES = 64  # of each attachment, in the end
 NUMPY_PROGRAMS = {"random_lookup", "numpy_user"}
 STREAM_OPS = {
     "pause": AdminOp.STREAM_PAUSE,
@@ -52,8 +60,12 @@ class Round:
         self._deadline_s, self._hold = deadline_s, hold
         self._name = f"stress-{os.getpid()}-{plan.number}"
         self._error_file = folder / world.ERROR_FILE
+        self._sources_down = 0
+        self._planted: set[str] = set()  # blocks in which somebody broke the rules
+        self._arms = Arms(folder, tally) if plan.dies_at_steps else None
         self._resumes = 0
         self._held_s = 0.0
+        self._offenders: set[int] = set()
         self._disabled: set[tuple[int, int]] = set()
         self._foreign = 0
         self._stopping = False
@@ -69,19 +81,24 @@ class Round:
         self._check_nothing_left(own, before)
 
     def _play_and_end(self) -> None:
-        self._blocks = world.make_blocks(self._plan, self._folder)
+        self._blocks = world.make_blocks(self._plan, self._folder, with_nbdkit=self._has_nbdkit())
         with contextlib.ExitStack() as closing:
+            self._start_servers(closing)
             self._log = closing.enter_context(tempfile.TemporaryFile())
-            with crew.stderr_to(self._log):
+            closing.callback(self._check_log)
+            with crew.stderr_to(self._log), crew.environment(self._environment("coordinator")):
                 self._coordinator = closing.enter_context(self._make())
-            report = self._coordinator.status()
-            self._processes = (psutil.Process(report.pid), psutil.Process(report.keeper_pid))
-            self._before = tuple(Held.of(process) for process in self._processes)
-            assert self._coordinator.socket is not None
-            self._socket = self._coordinator.socket
+            self._served = Served(self._coordinator, self._log, self._tally)
+            closing.callback(self._served.close)
             self._troupe = Troupe(
-                self._socket, world.blocks_argument(self._blocks), self._actors, self._tally, self._look
+                self._served.socket,
+                world.blocks_argument(self._blocks),
+                self._actors,
+                self._tally,
+                self._look,
+                self._arms,
             )
+            self._troupe.may_refuse = self._plan.helpers_max is not None
             closing.callback(self._troupe.close)
             try:
                 self._act()
@@ -90,7 +107,30 @@ class Round:
                 self._tally.failures.append(self._diagnosis())
                 self._hold()
 
+    def _check_log(self) -> None:
+        if hasattr(self, "_served"):
+            self._served.check_log()
+
     # -- start
+
+    def _has_nbdkit(self) -> bool:
+        if not self._plan.nbdkit:
+            return False
+        if self._plan.served and not servers.has_nbdkit():
+            self._tally.note("nbdkit is missing: `pcshare serve` as the servers")
+        return servers.has_nbdkit()
+
+    def _environment(self, who: str) -> dict[str, str]:
+        return {} if self._arms is None else {trace.DIE_VARIABLE: str(self._arms.path(who))}
+
+    def _start_servers(self, closing: contextlib.ExitStack) -> None:
+        self._servers = {name: block.server for name, block in self._blocks.items() if block.server is not None}
+        for name, server in self._servers.items():
+            server.environment |= self._environment(name)
+            closing.callback(server.close)
+            server.start()
+        for server in self._servers.values():
+            server.wait_until_listening()
 
     def _make(self) -> Coordinator:
         huge = self._plan.huge and world.free_huge_pages() >= self._huge_pages_needed()
@@ -106,7 +146,10 @@ class Round:
             on_source_loss="poison" if self._plan.poison else "pause",
             on_event=self._hear,
             fault_threads=self._plan.fault_threads,
-            orphan_timeout_s=ORPHAN_TIMEOUT_S,
+            source_timeout_s=self._plan.source_timeout_s,
+            orphan_timeout_s=ORPHAN_TIMEOUT_KILLS_S if self._plan.keeper else ORPHAN_TIMEOUT_S,
+            keeper=self._plan.keeper,
+            helpers_max=self._plan.helpers_max,
         )
 
     def _huge_pages_needed(self) -> int:
@@ -133,7 +176,14 @@ class Round:
         single: dict[str, Callable[[Action], object]] = {
             "kill": self._kill,
             "kill_attaching": self._kill_attaching,
-            "stop": self._stop_actor,
+            "kill_coordinator": self._kill_coordinator,
+            "replace": self._replace_coordinator,
+            "kill_source": self._kill_source,
+            "stop": self._stop_somebody,
+            "arm": self._arm,
+            "await_death": self._await_death,
+            "offend": self._offend,
+            "plant": self._plant,
             "touch": self._touch,
             "kill_touch": self._kill_touch,
             "helper": self._helper,
@@ -157,10 +207,102 @@ class Round:
         self._troupe.pump(action.after_ms / 1000)
         self._troupe.kill(action.actor)
 
-    def _stop_actor(self, action: Action) -> None:
-        actor = self._troupe.actors[action.actor]
-        crew.stop(actor)
-        self._troupe.later(action.after_ms, lambda: crew.go_on(actor))
+    def _arm(self, action: Action) -> None:
+        """Somebody is killed, and who comes in its place dies at that step."""
+        assert self._arms is not None
+        self._take_dead()
+        party, _, step = action.order.partition(":")
+        if party == "coordinator":
+            self._arms.arm(party, party, step, action.count)
+            self._served.kill()
+            self._troupe.outage_begins()
+        elif party == "helper":
+            self._arms.arm(party, troupe.actor_name(action.actor), step, action.count)
+            self._troupe.kill(action.actor)
+        else:
+            self._arms.arm(party, action.block, step, action.count)
+            self._kill_source(action)
+
+    def _await_death(self, action: Action) -> None:
+        """Not for ever: what makes the step come may have been done already."""
+        assert self._arms is not None
+        deadline_s = time.monotonic() + STEP_LIMIT_S
+        while self._arms.is_waiting() and time.monotonic() < deadline_s:
+            self._troupe.pump(0.02)
+        self._disarm()
+
+    def _take_dead(self) -> None:
+        """Who has died at its step."""
+        for one in self._arms.take_dead() if self._arms is not None else ():
+            if one.party == "coordinator":
+                self._served.has_died()
+                self._troupe.outage_begins()
+            elif one.party == "helper":
+                self._tally.kills += 1
+            else:
+                self._source_gone(self._servers[one.who], 0)
+
+    def _offend(self, action: Action) -> None:
+        """A helper that breaks the protocol, and is cut off."""
+        self._hostile("unknown-type", action)
+
+    def _plant(self, action: Action) -> None:
+        """A helper that fills a page which nobody has read yet; nobody may read it before it is found."""
+        self._planted.add(action.block)
+        self._hostile("fallocates", action)
+
+    def _hostile(self, row: str, action: Action) -> None:
+        path = self._blocks[action.block].path
+        command = [f"--block={action.block}", f"--source={path}", f"--seed={action.seed}", row]
+        hostile = crew.Program.start("hostile", self._served.socket, command)
+        self._offenders.add(hostile.process.pid)
+        deadline_s = time.monotonic() + HOSTILE_LIMIT_S
+        while not hostile.ended() and time.monotonic() < deadline_s:
+            self._troupe.pump(0.02)
+        hostile.close()
+
+    def _kill_coordinator(self, action: Action) -> None:
+        self._troupe.pump(action.after_ms / 1000)
+        self._served.kill()
+        self._troupe.outage_begins()
+
+    def _replace_coordinator(self, action: Action) -> None:
+        self._troupe.pump(action.after_ms / 1000)
+        if not self._served.is_being_replaced:
+            self._served.replace()
+
+    def _kill_source(self, action: Action) -> None:
+        """And another one comes, in time or, with poison, too late for some pages."""
+        server = self._servers[action.block]
+        if not server.is_there:
+            return
+        self._source_gone(server, action.after_ms)
+
+    def _source_gone(self, server: Server, away_ms: int) -> None:
+        server.kill()
+        self._tally.source_kills += 1
+        self._sources_down += 1
+        self._troupe.may_lose |= self._plan.poison
+        self._troupe.later(away_ms, lambda: self._server_back(server))
+
+    def _server_back(self, server: Server) -> None:
+        server.start()
+        self._sources_down -= 1
+        self._resumes = 0
+
+    def _stop_somebody(self, action: Action) -> None:
+        """SIGSTOP, and SIGCONT a while later."""
+        if action.order in ("coordinator", "keeper"):
+            self._served.stop(the_keeper=action.order == "keeper")
+            self._troupe.later(action.after_ms, self._served.go_on)
+        elif action.order == "source":
+            for server in self._servers.values():
+                server.stop()
+                self._troupe.later(action.after_ms, server.go_on)
+        else:
+            process = self._troupe.somebody(action.actor, a_program=action.order == "program")
+            process.send_signal(signal.SIGSTOP)
+            self._troupe.later(action.after_ms, lambda: process.send_signal(signal.SIGCONT))
 
     def _touch(self, action: Action) -> crew.Program:
         from pcshare_helpers.expected import expected_touch
@@ -199,10 +341,11 @@ class Round:
         self._order(STREAM_OPS[action.order], action.count if action.order == "rate" else 0)
 
     def _order(self, op: AdminOp, argument: int = 0) -> None:
-        try:
-            admin.send(self._socket, op, argument)
-        except errors.PcshareError as error:
-            self._tally.fail(f"the order {op.name} failed: {error}")
+        """At once if somebody serves, else when somebody does: the plan goes on meanwhile."""
+        if self._served.serves():
+            self._served.order(op, argument)
+        else:
+            self._troupe.later(ORDER_AGAIN_MS, lambda: self._order(op, argument))
 
     def _source_error(self, action: Action) -> None:
         if self._error_file.exists():
@@ -218,22 +361,26 @@ class Round:
 
     def _garbage(self, action: Action) -> None:
         """A stranger who speaks no protocol."""
-        with contextlib.suppress(OSError), transport.connect(self._socket, GARBAGE_TIMEOUT_S) as stranger:
+        with contextlib.suppress(OSError), transport.connect(self._served.socket, GARBAGE_TIMEOUT_S) as stranger:
             stranger.send(random.Random(action.seed).randbytes(action.count))
 
     # -- looks
 
     def _look(self) -> None:
         """At the status segment, a few times a second; at resources once a second."""
+        self._take_dead()
+        self._look_at_servers()
         report = read_status(self._name)
-        if not report.alive:
-            self._tally.fail("the coordinator is dead")
-            raise Stuck
+        if not self._served.look(report):
+            self._troupe.outage_begins()
+            return
+        self._troupe.outage_ends()
         for helper in report.helpers:
-            if helper.state == "disabled" and (helper.slot, helper.pid) not in self._disabled:
+            is_known = (helper.slot, helper.pid) in self._disabled or helper.pid in self._offenders
+            if helper.state == "disabled" and not is_known:
                 self._disabled.add((helper.slot, helper.pid))
                 self._tally.fail(f"helper {helper.pid} on block {helper.block} was cut off and did nothing wrong")
-        foreign = sum(block.foreign_pages for block in report.blocks)
+        foreign = sum(block.foreign_pages for block in report.blocks if block.idstr not in self._planted)
         if foreign > self._foreign:
             self._foreign = foreign
             self._tally.fail(f"{foreign} foreign pages, and nobody broke the rules")
@@ -242,12 +389,20 @@ class Round:
             self._held_s = time.monotonic()
             self._check_during(report)
 
+    def _look_at_servers(self) -> None:
+        """One that ends by itself is no failure of ours: another one comes."""
+        for server in self._servers.values():
+            code = server.ended_by_itself()
+            if code is not None:
+                self._tally.note(f"a server that is a source ended by itself, with {code}")
+                self._source_gone(server, 0)
+
     def _needs_resume(self, report: StatusReport) -> bool:
         return any(block.state == "PAUSED" or block.lost_pages for block in report.blocks)
 
     def _resume_if_paused(self, report: StatusReport) -> None:
         """An error that was on its way when the source came back pauses a block again: the operator resumes again."""
-        if self._error_file.exists() or not self._needs_resume(report):
+        if self._error_file.exists() or self._sources_down or not self._needs_resume(report):
             return
         self._resumes += 1
         if self._resumes > RESUMES_MAX:
@@ -257,41 +412,35 @@ class Round:
         self._order(AdminOp.RESUME)
 
     def _files(self) -> int:
-        return sum(block.plan.kind != "zero" for block in self._blocks.values())
+        return sum(block.plan.kind != "zero" and block.server is None for block in self._blocks.values())
 
     def _pages_bytes(self) -> int:
         return sum(block.plan.pages * PAGE for block in self._blocks.values()) + HUGE_PAGE
 
     def _check_during(self, report: StatusReport) -> None:
-        serves, keeper = self._processes
-        allowed = resources.allowed_during(len(report.helpers), self._files(), self._pages_bytes(), self._page_size)
-        self._compare("during", (Held.of(serves), Held.of(keeper)), allowed)
-
-    def _compare(self, when: str, now: tuple[Held, Held], allowed: dict[str, int]) -> None:
-        for whose, before, held, may in zip(
-            ("coordinator", "keeper"),
-            self._before,
-            now,
-            (allowed, resources.allowed_keeper(self._pages_bytes())),
-            strict=True,
-        ):
-            for resource, was in vars(before).items():
-                self._tally.see_growth(f"{when}: {whose}", resource, vars(held)[resource] - was)
-            for growth in resources.grown(whose, before, held, may):
-                self._tally.fail(f"{when}: {growth}")
+        n_helpers, n_bytes = len(report.helpers), self._pages_bytes()
+        allowed = resources.allowed_during(n_helpers, self._files(), len(self._servers), n_bytes, self._page_size)
+        self._served.compare("during", allowed, resources.allowed_keeper(n_helpers, n_bytes))
 
     # -- the end
 
     def _end(self) -> None:
         """Everything works again, everybody answers; then the coordinator's life ends in the plan's way."""
-        troupe = self._troupe
-        troupe.settle()
+        crowd = self._troupe
+        self._disarm()
+        self._served.go_on()
+        crowd.pump_until(self._served.serves, "a coordinator", RESTART_LIMIT_S)
+        crowd.settle()
         self._source_back()
-        troupe.all_quiet()
-        troupe.pump_until(lambda: not self._needs_resume(read_status(self._name)), "an end of the pauses")
+        crowd.all_quiet()
+        crowd.pump_until(lambda: not self._needs_resume(read_status(self._name)), "an end of the pauses")
+        crowd.may_lose = False
+        self._check_all()
         if self._plan.ending in ("stopped", "killed"):
             self._end_under_helpers()
             return
+        if self._plan.helpers_max:
+            self._leave()  # who verifies must not be one too many
         self._verify()
         if self._plan.ending == "leave":
             self._leave()
@@ -300,13 +449,26 @@ class Round:
         if self._plan.ending == "stay":
             self._ask_without_coordinator({"kind": "leave_all", "slot": -1})
 
+    def _disarm(self) -> None:
+        """Nobody dies any more of what it was told."""
+        if self._arms is not None:
+            self._arms.close()
+            self._take_dead()
+
+    def _check_all(self) -> None:
+        """Who was there all the time has lost nothing that is not lost any more."""
+        for writer in range(self._actors):
+            self._troupe.tell(writer, kind="check_all", seed=self._plan.number, count=CHECK_ALL_PAGES)
+        self._troupe.all_quiet()
+
     def _verify(self) -> None:
         """Every byte and every write is looked at."""
         self._order(AdminOp.STREAM_EAGER)
         for index, block in enumerate(self._blocks):
-            writer = index % self._actors
-            self._troupe.tell(writer, kind="verify", block=block, written=self._troupe.ledger.get(block, {}))
+            writer, written = index % self._actors, self._troupe.ledger.get(block, {})
+            self._troupe.tell(writer, kind="verify", block=block, written=written)
             self._troupe.quiet(writer)
+            self._tally.writes_checked += len(written)
 
     def _stop_coordinator(self) -> None:
         self._count(read_status(self._name))
@@ -330,7 +492,7 @@ class Round:
         if self._plan.ending == "killed":
             self._count(read_status(self._name))
             self._stopping = True
-            self._processes[0].kill()
+            self._served.end_by_kill()
         else:
             self._stop_coordinator()
         self._ask_without_coordinator(last)
@@ -345,7 +507,8 @@ class Round:
         actors = self._troupe.actors
         for number, actor in enumerate(actors):
             actor.tell(LAST_ORDER - number, {**order, "seed": number})
-        deadline = time.monotonic() + LEAVE_LIMIT_S
+        waits_s = ORPHAN_TIMEOUT_KILLS_S if self._plan.keeper else ORPHAN_TIMEOUT_S
+        deadline = time.monotonic() + LEAVE_LIMIT_S + waits_s
         for actor in actors:
             while actor.pending and actor.died() is None and time.monotonic() < deadline:
                 self._troupe.hear_one(actor)
@@ -356,25 +519,29 @@ class Round:
                 self._tally.fail(f"actor {actor.writer} died ({code}) at {order['kind']} without the coordinator")
             elif code is None and actor.pending:
                 where = stacks.threads(actor.pid, f"actor {actor.writer}")
-                self._tally.fail(f"{order['kind']} takes for ever without the coordinator\n{where}")
+                self._tally.fail(f"{order['kind']} takes for ever without the coordinator\n{where}", Zero.STUCK)
 
     def _wait_until_alone(self) -> None:
         """Everybody has gone: what the coordinator holds must be what it held before."""
-        allowed = resources.allowed_after(self._files(), self._pages_bytes(), self._page_size)
-        serves, keeper = self._processes
+        allowed = resources.allowed_after(self._files(), len(self._servers), self._pages_bytes(), self._page_size)
+        allowed_keeper = resources.allowed_keeper_after(self._pages_bytes())
 
         def settled() -> bool:
-            return not read_status(self._name).helpers and not resources.grown(
-                "", self._before[0], Held.of(serves), allowed
-            )
+            now, before = self._served.held(), self._served.before
+            grown = now and [
+                *resources.grown("", before[0], now[0], allowed),
+                *resources.grown("", before[1], now[1], allowed_keeper),
+            ]
+            return not read_status(self._name).helpers and not grown
 
         deadline = time.monotonic() + LEAVE_LIMIT_S
         while not settled() and time.monotonic() < deadline:
             self._troupe.pump(0.02)
         left = [(helper.pid, helper.state, helper.block) for helper in read_status(self._name).helpers]
         if left:
-            self._tally.fail(f"helpers that have left are still in the tables after {LEAVE_LIMIT_S:g} s: {left}")
-        self._compare("after all have left", (Held.of(serves), Held.of(keeper)), allowed)
+            told = f"helpers that have left are still in the tables after {LEAVE_LIMIT_S:g} s: {left}"
+            self._tally.fail(told, Zero.LEAKS)
+        self._served.compare("after all have left", allowed, allowed_keeper)
 
     def _count(self, report: StatusReport) -> None:
         self._tally.faults += report.faults
@@ -383,8 +550,8 @@ class Round:
 
     def _diagnosis(self) -> str:
         """What everybody did when something went wrong."""
-        serves, keeper = self._processes
-        parts = [stacks.threads(serves.pid, "coordinator"), stacks.threads(keeper.pid, "keeper")]
+        serves, keeper = self._served.pid, self._served.keeper.pid
+        parts = [stacks.threads(serves, "coordinator"), stacks.threads(keeper, "keeper")]
         with contextlib.suppress(errors.PcshareError):
             report = read_status(self._name)
             parts += [f"{block}" for block in report.blocks]
@@ -399,13 +566,13 @@ class Round:
         for resource in ("fds", "threads", "children"):
             was, still = vars(before)[resource], vars(now)[resource]
             if still > was:
-                self._tally.fail(f"after the round: {resource} of this process grew from {was} to {still}")
+                told = f"after the round: {resource} of this process grew from {was} to {still}"
+                self._tally.fail(told, Zero.LEAKS)
         for path in (runtime.shm_path(self._name), runtime.socket_path(self._name)):
             if path.exists():
-                self._tally.fail(f"after the round: {path} is still there")
-        for process in getattr(self, "_processes", ()):
-            if process.is_running():
-                self._tally.fail(f"after the round: process {process.pid} still runs")
+                self._tally.fail(f"after the round: {path} is still there", Zero.LEAKS)
+        for pid in self._served.left() if hasattr(self, "_served") else ():
+            self._tally.fail(f"after the round: process {pid} still runs", Zero.LEAKS)
 
 
 def _order(action: Action) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,33 +42,43 @@ class Summary:
         return {"ok": self.ok, "seed": self.options.seed, "seconds": round(self.seconds, 3), **self.tally.to_json()}
 
 
-def run(options: Options, tell: Callable[[str], None], hold: Callable[[], None]) -> Summary:
-    """Plays the rounds of the seed. tell: a line for people after each; hold: called at the first failure."""
+def run(
+    options: Options,
+    tell: Callable[[str], None],
+    hold: Callable[[], None],
+    plans: Iterator[plan.RoundPlan] | None = None,
+    is_enough: Callable[[Tally], bool] = lambda tally: False,
+) -> Summary:
+    """Plays the rounds of the seed, or other plans. tell: a line for people after each; hold: called at the first
+    failure. Ends when the time is up, or it is enough."""
     started_s = time.monotonic()
     deadline_s = started_s + options.seconds
     tally = Tally(options.seed)
     if has_numpy():
         import numpy  # noqa: F401  (its threads start with it, and are no leak of a round)
     with _dumpable():
-        for drawn in plan.rounds(options.seed, options.helpers):
+        for drawn in plans or plan.rounds(options.seed, options.helpers):
             tally.where = _where(drawn)
             with tempfile.TemporaryDirectory(prefix="pcshare-stress-") as folder:
                 Round(drawn, Path(folder), options.helpers, tally, deadline_s, hold).play()
             tally.rounds += 1
             tell(_line(tally, time.monotonic() - started_s))
-            if time.monotonic() >= deadline_s or tally.failures:
+            if time.monotonic() >= deadline_s or tally.failures or is_enough(tally):
                 break
     return Summary(options, time.monotonic() - started_s, tally)
 
 
 def _where(drawn: plan.RoundPlan) -> str:
     kinds = f"{'2M' if drawn.huge else '4K'} pages, stream {drawn.stream}, {'poison' if drawn.poison else 'pause'}"
+    if drawn.dies_at_steps:
+        return f"round {drawn.number}"
     return f"round {drawn.number}: {', '.join(block.name for block in drawn.blocks)}; {kinds}, {drawn.ending}"
 
 
 def _line(tally: Tally, elapsed_s: float) -> str:
-    counts = f"{sum(tally.actions.values()):,} actions, {tally.joins:,} joins, {tally.kills:,} kills"
-    checked = f"{tally.faults:,} faults, {tally.bytes_checked >> 20:,} MiB checked"
+    kills = f"killed {tally.kills:,} helpers, {tally.coordinator_kills:,} coordinators, {tally.source_kills:,} sources"
+    counts = f"{sum(tally.actions.values()):,} actions, {tally.joins:,} joins, {kills}, {tally.restarts:,} restarts"
+    checked = f"{tally.faults:,} faults, {tally.bytes_checked >> 20:,} MiB and {tally.writes_checked:,} writes checked"
     trouble = f", {len(tally.failures)} failures" if tally.failures else ""
     return f"{elapsed_s:6.1f} s  {tally.where}  {counts}, {checked}{trouble}"
 

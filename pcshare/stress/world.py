@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from pcshare.stress.plan import PAGE, SLOT_BYTES, SLOTS_MAX, BlockPlan, RoundPlan
+from pcshare.stress.servers import Server
 
 HOLE_SHARE = 0.4  # of a sparse file's stretches
 STRETCH_PAGES_MAX = 40
@@ -22,27 +23,32 @@ NPY_MAGIC = b"\x93NUMPY\x01\x00"
 NPY_HEADER_BYTES = 118  # with the magic and its length: 128
 HUGE_FOLDER = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 ERROR_FILE = "source-fails"
+SERVER_TIMEOUT = "5s"  # of an answer: a server that is stopped for less is slow, and not away
 
 
 @dataclass(frozen=True)
 class MadeBlock:
-    """A block's source. path: the file that holds what must be found (for zero: one that is all hole)."""
+    """A block's source. path: the file that holds what must be found (for zero: one that is all hole). server: the
+    process that gives it out, if one does."""
 
     plan: BlockPlan
     path: Path
     source: str
+    server: Server | None = None
 
     def to_json(self) -> dict[str, object]:
         """What an actor must know."""
-        return {"path": str(self.path), "slot_area": SLOT_AREA if self.plan.writable else 0}
+        slot_area = SLOT_AREA if self.plan.writable else 0
+        return {"path": str(self.path), "slot_area": slot_area, "length": self.path.stat().st_size}
 
 
-def make_blocks(plan: RoundPlan, folder: Path) -> dict[str, MadeBlock]:
+def make_blocks(plan: RoundPlan, folder: Path, *, with_nbdkit: bool) -> dict[str, MadeBlock]:
+    """The servers among them are not started yet."""
     error = quote(str(folder / ERROR_FILE), safe="/")
-    return {block.name: _make_block(block, folder, error) for block in plan.blocks}
+    return {block.name: _make_block(block, folder, error, with_nbdkit) for block in plan.blocks}
 
 
-def _make_block(block: BlockPlan, folder: Path, error: str) -> MadeBlock:
+def _make_block(block: BlockPlan, folder: Path, error: str, with_nbdkit: bool) -> MadeBlock:
     path = folder / (f"{block.name}.npy" if block.kind == "array" else f"{block.name}.bin")
     rng = random.Random(block.seed)
     length = block.pages * PAGE + block.tail
@@ -57,7 +63,11 @@ def _make_block(block: BlockPlan, folder: Path, error: str) -> MadeBlock:
     filters = [f"error=EIO@{error}"]
     filters += [f"delay={block.delay_us}us"] if block.delay_us else []
     filters += [f"rate={block.rate}"] if block.rate else []
-    return MadeBlock(block, path, f"file:{quote(str(path), safe='/')}#{'&'.join(filters)}")
+    if not block.served:
+        return MadeBlock(block, path, f"file:{quote(str(path), safe='/')}#{'&'.join(filters)}")
+    server = Server(path, folder / f"{block.name}.sock", with_nbdkit=with_nbdkit)
+    filters.append(f"timeout={SERVER_TIMEOUT}")
+    return MadeBlock(block, path, f"{server.uri}#{'&'.join(filters)}", server)
 
 
 def _write_sparse(path: Path, rng: random.Random, length: int) -> None:
@@ -91,6 +101,33 @@ def differing(found: bytes, expected: bytes, slot_area: int) -> int:
     if found[slot_area:] == expected[slot_area:]:
         return 0
     return sum(a != b for a, b in zip(found[slot_area:], expected[slot_area:], strict=True))
+
+
+# -- which pages an order means, and what a write stores there: an actor does it, and who judges can tell what was meant
+
+
+def pages_of(page_count: int, seed: int, count: int) -> list[int]:
+    """Random ones, or a run of neighbours."""
+    rng = random.Random(seed)
+    if rng.random() < 0.5:
+        return run_of_pages(page_count, seed, count)
+    return [rng.randrange(page_count) for _ in range(count)]
+
+
+def run_of_pages(page_count: int, seed: int, count: int) -> list[int]:
+    """Neighbours."""
+    first = random.Random(seed).randrange(page_count)
+    return list(range(first, min(first + count, page_count)))
+
+
+def slot_writes(length: int, writer: int, seed: int, count: int) -> list[tuple[int, bytes]]:
+    """What a writer stores into its slots of the pages that are meant: (offset, value)."""
+    page_count, writes = -(-length // PAGE), []
+    for page in sorted(set(pages_of(page_count, seed, count))):
+        offset = page * PAGE + writer * SLOT_BYTES
+        if offset + SLOT_BYTES <= length:
+            writes.append((offset, random.Random(seed * page_count + page).randbytes(SLOT_BYTES)))
+    return writes
 
 
 def blocks_argument(blocks: dict[str, MadeBlock]) -> str:
