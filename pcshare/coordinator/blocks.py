@@ -50,6 +50,7 @@ class Block:
         self.cell = StateCell()
         self.failure = ""  # why the core has paused it
         self.away = ""  # why its source does not answer
+        self.late = ""  # which page takes too long
         self.note = ""  # what else there is to say
         self.reason = ""  # what of these is shown
         self.gave_up = False  # the source was away for too long: readers were told that what is missing is lost
@@ -326,8 +327,9 @@ class Blocks:
         """State and reason follow from what is known of the block."""
         if block.state is State.END:
             return
-        state = State.PAUSED if block.failure or block.away else State.RUNNING
-        reason = block.failure or block.away or block.note
+        waits_for_late = block.late and not self._options.poison  # else it is lost, and waited for by nobody
+        state = State.PAUSED if block.failure or block.away or waits_for_late else State.RUNNING
+        reason = block.failure or block.away or block.late or block.note
         if state is State.PAUSED and block.state is not State.PAUSED:
             log.warning("block %s is paused: %s", block.idstr, reason)
         self._change(block, state, reason)
@@ -342,6 +344,8 @@ class Blocks:
             self._report_foreign(block, event.offset)
         elif event.kind is EventKind.BLOCK_PLACE_ERROR:
             self._pause(block, _placing_failed(block, event))
+        elif event.kind is EventKind.BLOCK_LATE:
+            self._late(block, event)
         elif event.kind is EventKind.BLOCK_GAPS:
             self._pause(block, self._lost(block))
         elif self._options.poison:
@@ -361,6 +365,16 @@ class Blocks:
         log.warning("block %s: %s", block.idstr, reason)
         block.note = reason
         self._show(block)
+
+    def _late(self, block: Block, event: FaultEvent) -> None:
+        """A page takes too long, or no page does any more."""
+        was_late, options = bool(block.late), self._options
+        block.late = _too_long(block, event, options) if event.error else ""
+        self._show(block)
+        if block.late and options.poison and not was_late and block.state is not State.END:
+            log.warning("block %s: %s", block.idstr, block.late)  # of a pause _show says it
+        elif was_late and not block.late:
+            log.warning("block %s goes on: what took too long has come", block.idstr)
 
     def _lost(self, block: Block) -> str:
         lost, text = self._segment.block_slot(block.index).lost_pages, _shortened(shown(block.source.spec.text))
@@ -386,7 +400,7 @@ class Blocks:
                 block.source.retry_now()
 
     def _resume(self, block: Block, fault_threads: FaultThreads) -> None:
-        block.failure = block.note = ""
+        block.failure = block.late = block.note = ""
         self._show(block)
         fault_threads.resume_block(block.index)
 
@@ -431,6 +445,15 @@ def _reading_failed(block: Block, event: FaultEvent) -> str:
     if event.error == errno.ENODATA:
         return f"{text} is shorter than it was: nothing at offset {event.offset}"
     return f"reading {text} at offset {event.offset}: {os.strerror(event.error)}"
+
+
+def _too_long(block: Block, event: FaultEvent, options: Options) -> str:
+    text = _shortened(shown(block.source.spec.text))
+    meanwhile = "; touching it is SIGBUS until it comes" if options.poison else ""
+    return (
+        f"{text} has not brought offset {event.offset} within {options.fault_timeout_s:g} s{meanwhile}; it is waited "
+        f"for, and asked for again by: pcshare resume {options.name}"
+    )
 
 
 def _away(link: LinkState) -> str:

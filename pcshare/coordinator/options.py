@@ -16,7 +16,9 @@ class Options:
     """Sizes in bytes, rates in bytes a second, times in seconds.
 
     stream_mode is one of the STREAM_* above; fault_threads None: one for each of the first few
-    CPUs; orphan_timeout_s 0: helpers wait for ever; source_timeout_s: with poison, how long a source may be away."""
+    CPUs; orphan_timeout_s 0: helpers wait for ever; source_timeout_s: with poison, how long a source may be away;
+    fault_timeout_s: how long a page that somebody waits for may take, 0: for ever; helpers_per_uid 0: each user may have
+    all of helpers_max but those kept for others (HELPERS_KEPT_FOR_OTHERS)."""
 
     name: str
     sources: tuple[SourceSpec, ...]
@@ -37,6 +39,8 @@ class Options:
     exports: tuple[str, ...] = ()  # addresses on which the blocks are given out over NBD
     device_state: str | None = None  # the file for what an incoming migration says of its devices
     keeper_restarts: bool = True  # the keeper is our parent and starts us again; else it ends with us
+    fault_timeout_s: float = 0.0
+    helpers_per_uid: int = 0
 
     @property
     def takes_migration(self) -> bool:

@@ -66,6 +66,7 @@ _BLOCK_EVENTS = (
     EventKind.BLOCK_PLACE_ERROR,
     EventKind.BLOCK_FOREIGN,
     EventKind.BLOCK_GAPS,
+    EventKind.BLOCK_LATE,
 )
 
 
@@ -207,13 +208,14 @@ class Server:
         self.fault_threads = FaultThreads(header)
         self._closing.callback(self.fault_threads.close)
         self._closing.callback(self.blocks.close)
+        self.fault_threads.set_fault_timeout(options.fault_timeout_s)
         self.fault_threads.set_stream(STREAM_LAZY)  # not before every block is there
         self.fault_threads.start(_cpus(options.fault_threads))
         table = before.helpers if before else HelperTable()
         self._closing.callback(table.close)
         self._store.put(HELPER_TABLE, [table.fileno()] if before is None else [])
         self.helpers = Helpers(
-            self._segment, self.fault_threads, self._features, options.helpers_max, self._store, table
+            self._segment, self.fault_threads, self._features, options.helpers_max, self._store, table, options.helpers_per_uid
         )
         self._closing.callback(self.helpers.close)
 

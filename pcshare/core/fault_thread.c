@@ -75,7 +75,7 @@ void disable_remote(struct fault_threads *ft, struct remote_fd *remote, int erro
     trace_point(TRACE_REMOTE_DISABLE, remote->block->index, remote->id, 0, (uint64_t)error);
     stop_polling(ft, remote->uffd);
     stop_polling(ft, remote->control);
-    waiters_drop_remote(&ft->waiters, remote);
+    demand_drop_remote(ft, remote);
     stream_drop_remote(ft, remote);
     tell_remote(ft, remote, EVENT_REMOTE_DISABLED, error, addr);
 }
@@ -327,6 +327,7 @@ int fault_threads_new(struct fault_threads **ftp, struct status_header *status)
     pthread_cond_init(&ft->workers_changed, NULL);
     pthread_mutex_init(&ft->table_lock, NULL);
     pthread_mutex_init(&ft->events_lock, NULL);
+    pthread_mutex_init(&ft->demands_lock, NULL);
     waiters_init(&ft->waiters);
     ft->quit_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     ft->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -363,6 +364,7 @@ void fault_threads_free(struct fault_threads *ft)
         close(ft->quit_fd);
     if (ft->event_fd >= 0)
         close(ft->event_fd);
+    pthread_mutex_destroy(&ft->demands_lock);
     pthread_mutex_destroy(&ft->events_lock);
     pthread_mutex_destroy(&ft->table_lock);
     pthread_cond_destroy(&ft->workers_changed);
