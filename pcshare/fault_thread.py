@@ -18,6 +18,8 @@ from pcshare.fds import OwnedFd
 from pcshare.ramblock import RAMBlock
 
 FAULT_THREADS_DEFAULT_MAX = 4  # more wake more CPUs for each fault
+DEMANDS_IN_FLIGHT_MAX = int(lib.FAULT_DEMANDS_IN_FLIGHT_MAX)
+REQUESTS_IN_FLIGHT_MAX = int(lib.FAULT_REQUESTS_IN_FLIGHT_MAX)
 
 
 class EventKind(IntEnum):

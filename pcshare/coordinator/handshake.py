@@ -120,7 +120,7 @@ class Handshake:
         mode = _grant(block, hello.mode)
         complete = block.state is State.END
         if not complete:
-            self._helpers.check_room()
+            self._helpers.check_room(self.connection.credentials().uid)
         self.connection.accept_fds(True)
         fds = [block.ram.helper_memfd(writing=mode is Mode.RW), self._status_fd]
         if self._device is not None and not complete:

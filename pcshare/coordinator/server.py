@@ -215,8 +215,9 @@ class Server:
         self._closing.callback(table.close)
         self._store.put(HELPER_TABLE, [table.fileno()] if before is None else [])
         self.helpers = Helpers(
-            self._segment, self.fault_threads, self._features, options.helpers_max, self._store, table, options.helpers_per_uid
+            self._segment, self.fault_threads, self._features, options.helpers_max, self._store, table
         )
+        self.helpers.limit_users(options.helpers_per_uid)
         self._closing.callback(self.helpers.close)
 
     def _make_blocks(self) -> None:
