@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -169,6 +170,7 @@ int main(int argc, char **argv)
     const char *mode = argc > 1 ? argv[1] : "";
     sigset_t signals;
 
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
     sigemptyset(&signals);
     sigaddset(&signals, SIGTERM);
     pthread_sigmask(SIG_BLOCK, &signals, NULL);

@@ -18,7 +18,7 @@ class Options:
     stream_mode is one of the STREAM_* above; fault_threads None: one for each of the first few
     CPUs; orphan_timeout_s 0: helpers wait for ever; source_timeout_s: with poison, how long a source may be away;
     fault_timeout_s: how long a page that somebody waits for may take, 0: for ever; helpers_per_uid 0: any
-    other user than this one and root may have all of helpers_max but those kept for others (HELPERS_KEPT_FOR_OTHERS)."""
+    other user than its own and root has at most three quarters of helpers_max (HELPERS_KEPT_FOR_OTHERS)."""
 
     name: str
     sources: tuple[SourceSpec, ...]

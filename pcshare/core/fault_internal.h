@@ -76,6 +76,8 @@ struct fault_threads {
     struct served_block *blocks[STATUS_BLOCKS_MAX]; /* a pointer is cleared only after every worker has passed by */
     struct waiters waiters;
     struct stream stream;
+    uint32_t last_faulter;           /* a remote fd's id */
+    uint64_t beside_others_until_ns; /* more than one of them faults */
     uint32_t demand_in_flight;
     pthread_mutex_t demands_lock; /* the remote fds' queues; short, no system call under it */
     uint64_t fault_timeout_ns; /* 0: never */
