@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from pcshare import runtime
 from pcshare.coordinator.links import LinkReports
 from pcshare.coordinator.opening import close_sources, open_sources
 from pcshare.coordinator.options import Options
@@ -33,6 +34,7 @@ from pcshare.units import format_bytes
 
 log = logging.getLogger("pcshare")
 
+HOST_PAGE = os.sysconf("SC_PAGE_SIZE")
 SOURCE_IN_REASON_LENGTH_MAX = 120  # a reason holds twice as much, and must have room for the error and its cure
 CGROUP_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -463,7 +465,10 @@ def _away(link: LinkState) -> str:
 
 def _placing_failed(block: Block, event: FaultEvent) -> str:
     if event.error == errno.ENOMEM:
-        return "no memory is left for the next page"
+        kind = "huge page" if block.ram.page_size > HOST_PAGE else "memory"
+        return f"no {kind} is left for the page at offset {event.offset}"
+    if event.error == errno.ENOSPC:
+        return f"{runtime.SHM_DIR} has no room to note the page at offset {event.offset}"
     if event.error in (errno.ESRCH, errno.EPIPE):
         return "the keeper is gone, and with it the way to place pages"
     return f"placing a page at offset {event.offset}: {os.strerror(event.error)}"

@@ -142,6 +142,7 @@ class Helpers:
     ) -> Helper:
         """Kept first: should we die after that, the one after us answers its ATTACH."""
         credentials = connection.credentials()
+        self._segment.helper_slot(self._free_slots[0])  # has memory from here on, or there is no room: nothing is taken
         slot = self._free_slots.popleft()
         try:
             self._segment.clear_helper(slot)  # a thread that was at work for the last one may have counted since
