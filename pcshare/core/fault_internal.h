@@ -120,6 +120,9 @@ void after_placing(struct fault_threads *ft, struct served_block *served, uint64
                    int kind);
 /* Pages came because this helper asked. It may be gone by now. */
 void credit_helper(struct fault_threads *ft, uint32_t remote_id, uint64_t placed);
+/* A child of fork comes with the poison marks of its parent's copy-on-write mapping, also of pages that have come
+ * meanwhile: takes those off. */
+void lift_inherited(struct remote_fd *remote);
 void lose_page(struct fault_threads *ft, struct served_block *served, uint64_t page);
 /* The result of a request, or -EPROTO where it says that pages have arrived which are not here. */
 int checked_result(const struct ramblock *block, const struct page_request *request, int result);

@@ -95,6 +95,7 @@ int fault_threads_add_remote(struct fault_threads *ft, struct remote_fd *remote,
         return rc;
     }
     trace_point(TRACE_REMOTE_ADD, remote->block->index, remote->id, 0, 0);
+    lift_inherited(remote);
     return 0;
 }
 

@@ -120,7 +120,7 @@ static uint64_t bitmap_page_of(uint64_t page)
 
 static int make_bitmaps(struct ramblock *b)
 {
-    uint64_t **bitmaps[] = {&b->placing, &b->requested, &b->failed, &b->poisoned};
+    uint64_t **bitmaps[] = {&b->placing, &b->requested, &b->failed, &b->poisoned, &b->lifted};
     int rc = 0;
 
     for (size_t i = 0; rc == 0 && i < sizeof(bitmaps) / sizeof(*bitmaps); i++)
@@ -440,6 +440,7 @@ void ramblock_free(struct ramblock *b)
     bitmap_free(b->requested, b->page_count);
     bitmap_free(b->failed, b->page_count);
     bitmap_free(b->poisoned, b->page_count);
+    bitmap_free(b->lifted, b->page_count);
     bitmap_free(b->recovered, b->page_count);
     free(b->data);
     free(b);

@@ -56,6 +56,8 @@ struct ramblock {
     uint64_t *requested; /* the stream asked for it and has no answer yet, or it is lost: not to be asked for */
     uint64_t *failed;    /* the source lost it: a touch is poisoned, or waits */
     uint64_t *poisoned;  /* some helper has a poison mark there, to be lifted when the page arrives after all */
+    uint64_t *lifted;    /* that was done; a child of fork may come later with a mark that it inherited */
+    uint64_t n_lifted;
     uint64_t *recovered; /* of a block taken over: may be present although nobody has noted it. NULL: of no page */
     struct ramblock_extent *data; /* page-aligned, in pages */
     uint64_t n_data;

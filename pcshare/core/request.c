@@ -132,11 +132,24 @@ static void lift_poison(struct fault_threads *ft, struct ramblock *block, uint64
         if (!ramblock_is_received(block, i))
             continue;
         bitmap_test_and_clear(block->poisoned, i);
+        bitmap_test_and_set(block->lifted, i); /* first: who is added from now on looks there, who is here is told */
+        __atomic_fetch_add(&block->n_lifted, 1, __ATOMIC_SEQ_CST);
         for_each_remote(ft, block, lift_one, &i);
     }
     for (uint64_t i = bitmap_next_set(block->failed, page, page + n); i < page + n;
          i = bitmap_next_set(block->failed, i + 1, page + n))
         forget_loss(block, i);
+}
+
+void lift_inherited(struct remote_fd *remote)
+{
+    struct ramblock *block = remote->block;
+
+    if (!__atomic_load_n(&block->n_lifted, __ATOMIC_SEQ_CST))
+        return;
+    for (uint64_t i = bitmap_next_set(block->lifted, 0, block->page_count); i < block->page_count;
+         i = bitmap_next_set(block->lifted, i + 1, block->page_count))
+        lift_one(remote, &i);
 }
 
 static void tell_progress(struct fault_threads *ft, struct served_block *served)
