@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "memory_room.h"
 #include "thread.h"
 #include "trace.h"
 #include "uffd.h"
@@ -339,6 +340,7 @@ int fault_threads_new(struct fault_threads **ftp, struct status_header *status)
     if (!ft)
         return -ENOMEM;
     ft->status = status;
+    memory_room_get();
     pthread_mutex_init(&ft->workers_lock, NULL);
     pthread_cond_init(&ft->workers_changed, NULL);
     pthread_mutex_init(&ft->table_lock, NULL);
@@ -376,6 +378,7 @@ void fault_threads_free(struct fault_threads *ft)
         }
     }
     stream_deinit(ft);
+    memory_room_put();
     if (ft->quit_fd >= 0)
         close(ft->quit_fd);
     if (ft->event_fd >= 0)

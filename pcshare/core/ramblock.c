@@ -14,6 +14,7 @@
 
 #include "bitmap.h"
 #include "error.h"
+#include "memory_room.h"
 #include "trace.h"
 #include "uffd.h"
 
@@ -455,9 +456,26 @@ void ramblock_complete(struct ramblock *b)
 
 /* ---- asking ---- */
 
+/* Of a sparse block the received bitmap has memory only where it is needed. With /dev/shm full a look at such a hole or
+ * a write would be SIGBUS; this says so instead. Linux before 5.14 does not know the question (EINVAL). */
+static int reserve_bits(const struct ramblock *b, uint64_t page, uint64_t end)
+{
+    size_t host_page = (size_t)getpagesize();
+
+    for (uint64_t at = bitmap_page_of(page); at <= bitmap_page_of(end - 1); at++) {
+        if (bitmap_test(b->reserved, at))
+            continue;
+        if (madvise((uint8_t *)b->received + at * host_page, host_page, MADV_POPULATE_WRITE) < 0 && errno != EINVAL)
+            return errno == EFAULT ? -ENOSPC : -errno;
+        bitmap_test_and_set(b->reserved, at);
+    }
+    return 0;
+}
+
+/* Where there is no room for its bit it is not. */
 int ramblock_is_received(const struct ramblock *b, uint64_t page)
 {
-    return bitmap_test(b->received, page);
+    return reserve_bits(b, page, page + 1) == 0 && bitmap_test(b->received, page);
 }
 
 /* The index of the first extent that ends after the page; n_data if there is none. */
@@ -612,22 +630,6 @@ static int place_run(struct ramblock *b, uint64_t page, uint64_t n, const uint8_
     return 0;
 }
 
-/* Of a sparse block the received bitmap has memory only where it is needed. With /dev/shm full a write there would be
- * SIGBUS; this says so instead. Linux before 5.14 does not know the question (EINVAL). */
-static int reserve_bits(struct ramblock *b, uint64_t page, uint64_t end)
-{
-    size_t host_page = (size_t)getpagesize();
-
-    for (uint64_t at = bitmap_page_of(page); at <= bitmap_page_of(end - 1); at++) {
-        if (bitmap_test(b->reserved, at))
-            continue;
-        if (madvise((uint8_t *)b->received + at * host_page, host_page, MADV_POPULATE_WRITE) < 0 && errno != EINVAL)
-            return errno == EFAULT ? -ENOSPC : -errno;
-        bitmap_test_and_set(b->reserved, at);
-    }
-    return 0;
-}
-
 /* bytes NULL: zeros. */
 static int place_pages(struct ramblock *b, uint64_t page, uint64_t n_pages, const uint8_t *bytes,
                        uint64_t *placed_pagesp)
@@ -636,6 +638,8 @@ static int place_pages(struct ramblock *b, uint64_t page, uint64_t n_pages, cons
     int rc = n_pages ? reserve_bits(b, page, end) : 0;
 
     *placed_pagesp = 0;
+    if (rc == 0 && !needs_every_page(b)) /* huge pages were set aside when the block was made */
+        rc = memory_room_take(n_pages * b->page_size);
     if (rc < 0)
         return rc;
     while (at < end) {

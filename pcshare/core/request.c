@@ -303,12 +303,18 @@ static void ask_for(struct fault_threads *ft, struct remote_fd *remote, uint64_t
     check_demands(ft, remote);
 }
 
-/* asks: the source, unless somebody does; else another thread is placing the page. */
+/* What a fault waits for. */
+enum {
+    WAIT_ASKS = 1,    /* the source, asked unless somebody has */
+    WAIT_JOINS = 2,   /* another thread, which is placing the page */
+    WAIT_RESUMES = 3, /* placing failed: a resume */
+};
+
 static void wait_for_page(struct fault_threads *ft, struct served_block *served, struct remote_fd *remote,
-                          uint64_t page, uint32_t tid, uint64_t now_ns, int asks)
+                          uint64_t page, uint32_t tid, uint64_t now_ns, int what)
 {
     struct ramblock *block = served->block;
-    int has_place = asks && demand_reserve(ft, remote);
+    int asks = what == WAIT_ASKS, has_place = asks && demand_reserve(ft, remote);
     int asked = !asks ? WAITERS_UNASKED : has_place ? WAITERS_ASKED : WAITERS_QUEUED;
     int rc = waiters_add(&ft->waiters, block, page, remote, tid, now_ns, asked);
     int is_mine = asks && rc == WAITERS_ASK;
@@ -326,7 +332,7 @@ static void wait_for_page(struct fault_threads *ft, struct served_block *served,
     if (rc < 0) { /* no memory for a note: let it fault again */
         sched_yield();
         wake_remote(remote, page);
-    } else if (!asks && rc == WAITERS_ASK && !bitmap_test(block->placing, page)) {
+    } else if (what == WAIT_JOINS && rc == WAITERS_ASK && !bitmap_test(block->placing, page)) {
         wake_list(ft, waiters_take(&ft->waiters, block, page, 1)); /* who was at it gave up: fault again */
     }
     if (__atomic_load_n(&remote->disabled, __ATOMIC_ACQUIRE))
@@ -366,7 +372,8 @@ static void bring_page(struct fault_threads *ft, struct fault_worker *worker, st
         wake_remote(remote, page);
         record_blocktime(ft, remote, now_ns);
     } else {
-        wait_for_page(ft, served, remote, page, tid, now_ns, rc == NOT_AT_HAND);
+        int what = rc == NOT_AT_HAND ? WAIT_ASKS : rc < 0 ? WAIT_RESUMES : WAIT_JOINS;
+        wait_for_page(ft, served, remote, page, tid, now_ns, what);
     }
     if (rc < 0)
         page_failed(ft, served, page, -rc, EVENT_BLOCK_PLACE_ERROR);
