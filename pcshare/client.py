@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 SOCKET_VARIABLE = "PCSHARE_SOCKET"  # set by `pcshare run` for its command
 RETRY_S, RETRY_MAX_S = 0.02, 0.2  # between looks for a coordinator that is not there yet, or has nothing yet
+LOSS_ANSWER_MS = 1000  # for which pages are lost, which the coordinator knows without asking anybody
 MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named in Python 3.13 and later
 
 _MODES = {None: 0, "ro": lib.PCSHARE_RO, "rw": lib.PCSHARE_RW, "cow": lib.PCSHARE_COW}
@@ -383,7 +384,8 @@ class Block(mmap.mmap):
             progress, seq = self._progress()
             if progress.fraction >= fraction or self.state == "complete":
                 return
-            self._check_comes(progress, fraction)
+            if self._check_comes(progress, fraction):
+                continue
             rc = lib.pcshare_wait_progress(self._living(), seq, _left_ms(deadline))
             if rc == -errno.ETIMEDOUT:
                 raise AttachTimeout(
@@ -394,25 +396,36 @@ class Block(mmap.mmap):
             if rc != -errno.EINTR:
                 check(rc, "cannot wait for a block", _error_text() if rc < 0 else "")
 
-    def _check_comes(self, progress: Progress, fraction: float) -> None:
-        """Raises where waiting would be for ever."""
+    def _check_comes(self, progress: Progress, fraction: float) -> bool:
+        """Raises where waiting would be for ever. True: it would have been, and something has changed since."""
         if self.state == "lost":
             raise CoordinatorGone(
                 f"block {self.idstr}: the coordinator ended before all was here", hint=CoordinatorGone.usual_hint
             )
         left = progress.page_count - progress.lost_pages
         if progress.lost_pages and left < fraction * progress.page_count:
-            raise self._lost(0, len(self), f"{progress.lost_pages} pages of")
+            self._raise_first_lost(progress.lost_pages)
+            return True
         if progress.stream == "lazy":
             raise PcshareError(
                 f"block {self.idstr}: nothing streams (lazy), so waiting for {fraction:.1%} would be for ever",
                 hint="use ensure() for a range, or `pcshare stream NAME eager`",
             )
+        return False
+
+    def _raise_first_lost(self, lost_pages: int) -> None:
+        """Asks which pages are the first of them; returns if none is lost any more."""
+        offset, length = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        rc = lib.pcshare_ensure(self._living(), 0, len(self), LOSS_ANSWER_MS, offset, length)
+        if rc == -errno.EIO:
+            raise self._lost(offset[0], length[0], f"{lost_pages} pages")
+        if rc not in (0, -errno.ETIMEDOUT, -errno.EINTR):
+            check(rc, "cannot wait for a block", _error_text())
 
     def _lost(self, offset: int, length: int, how_much: str = "") -> SourceLost:
         name = os.path.basename(self._socket).removesuffix(runtime.SOCKET_SUFFIX)
         return SourceLost(
-            f"the source lost {how_much or 'a part of'} block {self.idstr}, bytes {offset} to {offset + length}",
+            f"the source lost {how_much or 'a part'} of block {self.idstr}, bytes {offset} to {offset + length}",
             offset=int(offset),
             length=int(length),
             block=self.idstr,

@@ -18,6 +18,8 @@ from pcshare.fds import OwnedFd
 from pcshare.ramblock import RAMBlock
 
 FAULT_THREADS_DEFAULT_MAX = 4  # more wake more CPUs for each fault
+DEMANDS_IN_FLIGHT_MAX = int(lib.FAULT_DEMANDS_IN_FLIGHT_MAX)
+REQUESTS_IN_FLIGHT_MAX = int(lib.FAULT_REQUESTS_IN_FLIGHT_MAX)
 
 
 class EventKind(IntEnum):
@@ -31,6 +33,7 @@ class EventKind(IntEnum):
     REMOTE_LEFT = 32
     REMOTE_HUNG_UP = 64
     REMOTE_DISABLED = 128
+    BLOCK_LATE = 256
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,11 @@ class FaultThreads:
 
     def resume_block(self, index: int) -> None:
         check(lib.fault_threads_resume_block(self.pointer, index), "resuming a block")
+
+    def set_fault_timeout(self, timeout_s: float) -> None:
+        """How long a page that somebody waits for may take (0: for ever) before it is told and, with poison, lost.
+        Before start."""
+        lib.fault_threads_set_fault_timeout(self.pointer, max(1, round(timeout_s * 1000)) if timeout_s else 0)
 
     def set_stream(self, mode: int, rate: int = 0) -> None:
         """mode: STATUS_STREAM_*; rate in bytes a second."""

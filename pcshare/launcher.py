@@ -150,6 +150,7 @@ class Coordinator:
         exports: Iterable[str] | str = (),
         keeper: bool = True,
         helpers_max: int | None = None,
+        fault_timeout_s: float = 0.0,
     ) -> None:
         self.name = _unique_name() if name is None else runtime.check_name(name)
         self.pid: int | None = None
@@ -163,6 +164,7 @@ class Coordinator:
             f"--on-source-loss={on_source_loss}",
             f"--source-timeout={source_timeout_s:f}s",
             f"--notifier-timeout={notifier_timeout_s:f}s",
+            f"--fault-timeout={fault_timeout_s:f}s",
             *(f"--writable={block}" for block in _each(writable)),
             *(f"--allow-uid={uid}" for uid in allow_uid),
             *(f"--allow-gid={gid}" for gid in allow_gid),

@@ -79,6 +79,14 @@ DEBUG_VARIABLE = "PCSHARE_DEBUG"
     help="Be the main process, for a supervisor that starts it again: no keeper does. The supervisor keeps what must "
     "outlive us if it names a NOTIFY_SOCKET with an fd store.",
 )
+@click.option(
+    "--helpers-per-uid",
+    type=click.IntRange(1, 4096),
+    default=None,
+    metavar="N",
+    help="How many of them one user may have; other users than your own and root: three quarters of --helpers-max "
+    "unless this says otherwise.",
+)
 @click.option("--parent-fd", type=int, hidden=True)
 @click.option("--successor", hidden=True, help="Tells the one that took the place from others.")
 @options.json_option
@@ -276,6 +284,8 @@ def _options(given: dict[str, Any]) -> Options:
         device_state=given["device_state"],
         keeper_restarts=not given["no_keeper"],
         findable=given["user"] is not None,
+        fault_timeout_s=given["fault_timeout"],
+        helpers_per_uid=given["helpers_per_uid"] or 0,
         **more,
     )
 

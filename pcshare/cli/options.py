@@ -153,12 +153,21 @@ _SERVING = (
         metavar="TIME",
         help="How long an answer to PROBE is waited for.",
     ),
+    click.option(
+        "--fault-timeout",
+        type=DURATION,
+        default="0",
+        show_default=True,
+        metavar="TIME",
+        help="How long a page that somebody waits for may take before the block is paused or, with --on-source-loss "
+        "poison, the page is lost; 0: for ever.",
+    ),
 )
 
 
 def coordinator_options(function: Decorated) -> Decorated:
     """The options of whoever starts a coordinator: stream, page_size, writable, on_source_loss, source_timeout (s),
-    allow_uid, allow_gid, fault_threads, orphan_timeout (s), device_state, notifier_timeout (s)."""
+    allow_uid, allow_gid, fault_threads, orphan_timeout (s), device_state, notifier_timeout (s), fault_timeout (s)."""
     for option in reversed(_SERVING):
         function = option(function)
     return function

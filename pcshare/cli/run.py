@@ -106,7 +106,12 @@ def command(
 
 
 def _launch_options(
-    stream: tuple[int, int], orphan_timeout: float | None, notifier_timeout: float, source_timeout: float, **same: Any
+    stream: tuple[int, int],
+    orphan_timeout: float | None,
+    notifier_timeout: float,
+    source_timeout: float,
+    fault_timeout: float,
+    **same: Any,
 ) -> dict[str, Any]:
     """The command line's words as the launcher's."""
     mode, rate = stream
@@ -116,6 +121,7 @@ def _launch_options(
         "orphan_timeout_s": orphan_timeout,
         "notifier_timeout_s": notifier_timeout,
         "source_timeout_s": source_timeout,
+        "fault_timeout_s": fault_timeout,
         **same,
     }
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pcshare import runtime
 from pcshare.coordinator.links import LinkReports
 from pcshare.coordinator.opening import close_sources, open_sources
 from pcshare.coordinator.options import Options
@@ -31,6 +32,7 @@ from pcshare.units import format_bytes
 
 log = logging.getLogger("pcshare")
 
+HOST_PAGE = os.sysconf("SC_PAGE_SIZE")
 SOURCE_IN_REASON_LENGTH_MAX = 120  # a reason holds twice as much, and must have room for the error and its cure
 CGROUP_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -48,6 +50,7 @@ class Block:
         self.cell = StateCell()
         self.failure = ""  # why the core has paused it
         self.away = ""  # why its source does not answer
+        self.late = ""  # which page takes too long
         self.note = ""  # what else there is to say
         self.reason = ""  # what of these is shown
         self.gave_up = False  # the source was away for too long: readers were told that what is missing is lost
@@ -328,8 +331,9 @@ class Blocks:
         """State and reason follow from what is known of the block."""
         if block.state is State.END:
             return
-        state = State.PAUSED if block.failure or block.away else State.RUNNING
-        reason = block.failure or block.away or block.note
+        waits_for_late = block.late and not self._options.poison  # else it is lost, and waited for by nobody
+        state = State.PAUSED if block.failure or block.away or waits_for_late else State.RUNNING
+        reason = block.failure or block.away or block.late or block.note
         if state is State.PAUSED and block.state is not State.PAUSED:
             log.warning("block %s is paused: %s", block.idstr, reason)
         self._change(block, state, reason)
@@ -344,6 +348,8 @@ class Blocks:
             self._report_foreign(block, event.offset)
         elif event.kind is EventKind.BLOCK_PLACE_ERROR:
             self._pause(block, _placing_failed(block, event))
+        elif event.kind is EventKind.BLOCK_LATE:
+            self._late(block, event)
         elif event.kind is EventKind.BLOCK_GAPS:
             self._pause(block, self._lost(block))
         elif self._options.poison:
@@ -363,6 +369,16 @@ class Blocks:
         log.warning("block %s: %s", block.idstr, reason)
         block.note = reason
         self._show(block)
+
+    def _late(self, block: Block, event: FaultEvent) -> None:
+        """A page takes too long, or no page does any more."""
+        was_late, options = bool(block.late), self._options
+        block.late = _too_long(block, event, options) if event.error else ""
+        self._show(block)
+        if block.late and options.poison and not was_late and block.state is not State.END:
+            log.warning("block %s: %s", block.idstr, block.late)  # of a pause _show says it
+        elif was_late and not block.late:
+            log.warning("block %s goes on: what took too long has come", block.idstr)
 
     def _lost(self, block: Block) -> str:
         lost, text = self._segment.block_slot(block.index).lost_pages, _shortened(shown(block.source.spec.text))
@@ -388,7 +404,7 @@ class Blocks:
                 block.source.retry_now()
 
     def _resume(self, block: Block, fault_threads: FaultThreads) -> None:
-        block.failure = block.note = ""
+        block.failure = block.late = block.note = ""
         self._show(block)
         fault_threads.resume_block(block.index)
 
@@ -435,6 +451,15 @@ def _reading_failed(block: Block, event: FaultEvent) -> str:
     return f"reading {text} at offset {event.offset}: {os.strerror(event.error)}"
 
 
+def _too_long(block: Block, event: FaultEvent, options: Options) -> str:
+    text = _shortened(shown(block.source.spec.text))
+    meanwhile = "; touching it is SIGBUS until it comes" if options.poison else ""
+    return (
+        f"{text} has not brought offset {event.offset} within {options.fault_timeout_s:g} s{meanwhile}; it is waited "
+        f"for, and asked for again by: pcshare resume {options.name}"
+    )
+
+
 def _away(link: LinkState) -> str:
     lost = ", touching what is missing is SIGBUS" if link.gave_up else ""
     return f"{_shortened(link.server)} is away{lost}: {_shortened(link.reason)}; {link.cure}"
@@ -442,7 +467,10 @@ def _away(link: LinkState) -> str:
 
 def _placing_failed(block: Block, event: FaultEvent) -> str:
     if event.error == errno.ENOMEM:
-        return "no memory is left for the next page"
+        kind = "huge page" if block.ram.page_size > HOST_PAGE else "memory"
+        return f"no {kind} is left for the page at offset {event.offset}"
+    if event.error == errno.ENOSPC:
+        return f"{runtime.SHM_DIR} has no room to note the page at offset {event.offset}"
     if event.error in (errno.ESRCH, errno.EPIPE):
         return "the keeper is gone, and with it the way to place pages"
     return f"placing a page at offset {event.offset}: {os.strerror(event.error)}"

@@ -16,12 +16,13 @@ from pcshare import protocol, trace
 from pcshare.coordinator.blocks import Block, Blocks
 from pcshare.coordinator.helpers import Helpers
 from pcshare.coordinator.options import Options
-from pcshare.errors import AccessRefused, NotWritable, PcshareError, RemoteProtocolError, VersionMismatch
+from pcshare.errors import AccessRefused, LimitReached, NotWritable, PcshareError, RemoteProtocolError, VersionMismatch
 from pcshare.fds import OwnedFd, close_aside
 from pcshare.protocol import Admin, Attach, Hello, Message, Mode, Replace, Welcome, WelcomeFlag
 from pcshare.state import State
 from pcshare.transport import Connection
 
+OUT_OF_FDS = (errno.EMFILE, errno.ENFILE)
 HANDSHAKE_TIMEOUT_S = 10.0  # from accept to ATTACH: a helper maps and registers in between, which takes milliseconds
 
 
@@ -65,8 +66,8 @@ class Handshake:
             return True
         except PcshareError as error:
             return self._refuse(error)
-        except OSError:
-            return self._end()
+        except OSError as error:
+            return self._refuse(_out_of_fds(error)) if error.errno in OUT_OF_FDS else self._end()
         finally:
             close_aside(*fds)
 
@@ -125,7 +126,7 @@ class Handshake:
         mode = _grant(block, hello.mode)
         complete = block.state is State.END
         if not complete:
-            self._helpers.check_room()
+            self._helpers.check_room(self.connection.credentials().uid)
         self.connection.accept_fds(True)
         fds = [block.ram.helper_memfd(writing=mode is Mode.RW), self._status_fd]
         if self._device is not None and not complete:
@@ -178,6 +179,14 @@ class Handshake:
         self._operator(order)
         self.connection.send(protocol.pack_error(0, ""))
         return self._end()
+
+
+def _out_of_fds(error: OSError) -> PcshareError:
+    return LimitReached(
+        f"the coordinator has no file descriptor left: {error.strerror}",
+        errno=error.errno,
+        hint="end a helper, or start it with a larger hard limit (ulimit -Hn; LimitNOFILE= under systemd)",
+    )
 
 
 def _grant(block: Block, wanted: Mode) -> Mode:

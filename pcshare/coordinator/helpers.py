@@ -21,7 +21,13 @@ from pcshare import protocol, trace
 from pcshare.coordinator.blocks import Block, Blocks
 from pcshare.coordinator.takeover import HelperTable, KeptHelper, kept_name
 from pcshare.errors import LimitReached, PcshareError, RemoteProtocolError
-from pcshare.fault_thread import EventKind, FaultEvent, FaultThreads
+from pcshare.fault_thread import (
+    DEMANDS_IN_FLIGHT_MAX,
+    REQUESTS_IN_FLIGHT_MAX,
+    EventKind,
+    FaultEvent,
+    FaultThreads,
+)
 from pcshare.fds import OwnedFd, close_aside
 from pcshare.protocol import Map
 from pcshare.status import SegmentWriter
@@ -31,6 +37,7 @@ from pcshare.uffd import Uffd
 
 log = logging.getLogger("pcshare")
 
+HELPERS_KEPT_FOR_OTHERS = 4  # one part in so many of --helpers-max is not for one other user alone
 CLIENT_ADDR_MAX = (1 << 47) - 4096  # beyond it the kernel does not tell whether an address space still lives
 
 
@@ -73,6 +80,7 @@ class Helpers:
         self._fault_threads = fault_threads
         self._features = features
         self._helpers_max = helpers_max
+        self._helpers_per_uid = 0
         self._store = store
         self._table = table
         self._by_id: dict[int, Helper] = {}
@@ -85,13 +93,31 @@ class Helpers:
     def __iter__(self) -> Iterator[Helper]:
         return iter(tuple(self._by_id.values()))
 
-    def check_room(self) -> None:
-        """LimitReached where one more would be too many."""
+    def limit_users(self, helpers_per_uid: int) -> None:
+        """How many one user may have. 0: any other user than the coordinator's own and root leaves some for others."""
+        self._helpers_per_uid = helpers_per_uid
+
+    def _most_of_user(self, uid: int) -> int:
+        if self._helpers_per_uid:
+            return self._helpers_per_uid
+        if uid in (os.geteuid(), 0):
+            return self._helpers_max
+        return max(1, self._helpers_max - self._helpers_max // HELPERS_KEPT_FOR_OTHERS)
+
+    def check_room(self, uid: int) -> None:
+        """LimitReached where one more would be too many, of all or of this user."""
         if not self._free_slots:
             raise LimitReached(
                 f"{self._helpers_max} helpers are attached, more are not allowed",
                 errno=errno.EUSERS,
                 hint="end one, or start the coordinator with a larger --helpers-max",
+            )
+        most = self._most_of_user(uid)
+        if sum(helper.credentials.uid == uid for helper in self._by_id.values()) >= most:
+            raise LimitReached(
+                f"{most} helpers of user {uid} are attached, more of one user are not allowed",
+                errno=errno.EUSERS,
+                hint="end one, or start the coordinator with a larger --helpers-per-uid",
             )
 
     # -- attaching
@@ -100,7 +126,7 @@ class Helpers:
         self, block: Block, connection: Connection, uffd_fd: OwnedFd, maps: tuple[Map, ...], *, may_write: bool
     ) -> Helper:
         """Takes over a helper's uffd. What is wrong with it or its maps is a RemoteProtocolError."""
-        self.check_room()
+        self.check_room(connection.credentials().uid)
         check_maps(block, maps)
         with Uffd(uffd_fd.detach()) as uffd:
             return self._register(block, connection, uffd, self._inspect(uffd), maps, may_write)
@@ -116,6 +142,7 @@ class Helpers:
     ) -> Helper:
         """Kept first: should we die after that, the one after us answers its ATTACH."""
         credentials = connection.credentials()
+        self._segment.helper_slot(self._free_slots[0])  # has memory from here on, or there is no room: nothing is taken
         slot = self._free_slots.popleft()
         try:
             self._segment.clear_helper(slot)  # a thread that was at work for the last one may have counted since
@@ -306,7 +333,10 @@ _OFFENCES = {
     errno.ENOBUFS: "it does not read the answers to its requests",
     errno.EPROTO: "it sent what is no message of an attached helper",
     errno.ERANGE: "it asked for a range outside the block",
-    errno.EUSERS: "it asked for more ranges, or waits for more pages, at once than a helper may",
+    errno.EUSERS: f"it waits for more than {DEMANDS_IN_FLIGHT_MAX} pages at once, the most for a helper "
+    "(FAULT_DEMANDS_IN_FLIGHT_MAX; no option changes it: several attachments may have as many each)",
+    errno.EDQUOT: f"it asked for more than {REQUESTS_IN_FLIGHT_MAX} ranges at once, the most for a helper "
+    "(FAULT_REQUESTS_IN_FLIGHT_MAX; no option changes it: let the helper wait for answers)",
 }
 
 

@@ -16,7 +16,9 @@ class Options:
     """Sizes in bytes, rates in bytes a second, times in seconds.
 
     stream_mode is one of the STREAM_* above; fault_threads None: one for each of the first few
-    CPUs; orphan_timeout_s 0: helpers wait for ever; source_timeout_s: with poison, how long a source may be away."""
+    CPUs; orphan_timeout_s 0: helpers wait for ever; source_timeout_s: with poison, how long a source may be away;
+    fault_timeout_s: how long a page that somebody waits for may take, 0: for ever; helpers_per_uid 0: any
+    other user than its own and root has at most three quarters of helpers_max (HELPERS_KEPT_FOR_OTHERS)."""
 
     name: str
     sources: tuple[SourceSpec, ...]
@@ -38,6 +40,8 @@ class Options:
     device_state: str | None = None  # the file for what an incoming migration says of its devices
     keeper_restarts: bool = True  # the keeper is our parent and starts us again; else it ends with us
     findable: bool = False  # its socket lies where all look, whoever may attach: it is not its starter's (--user)
+    fault_timeout_s: float = 0.0
+    helpers_per_uid: int = 0
 
     @property
     def takes_migration(self) -> bool:

@@ -69,6 +69,7 @@ _BLOCK_EVENTS = (
     EventKind.BLOCK_PLACE_ERROR,
     EventKind.BLOCK_FOREIGN,
     EventKind.BLOCK_GAPS,
+    EventKind.BLOCK_LATE,
 )
 
 
@@ -212,6 +213,7 @@ class Server:
         self.fault_threads = FaultThreads(self._segment.header)
         self._closing.callback(self.fault_threads.close)
         self._closing.callback(self.blocks.close)
+        self.fault_threads.set_fault_timeout(options.fault_timeout_s)
         self.fault_threads.hold_stream()  # not before every block is there; we may yet die on the way
         self.fault_threads.start(_cpus(options.fault_threads))
         table = before.helpers if before else HelperTable()
@@ -220,6 +222,7 @@ class Server:
         self.helpers = Helpers(
             self._segment, self.fault_threads, self._features, options.helpers_max, self._store, table
         )
+        self.helpers.limit_users(options.helpers_per_uid)
         self._closing.callback(self.helpers.close)
 
     def _make_blocks(self) -> None:

@@ -53,7 +53,7 @@ static void handle_request(struct fault_threads *ft, struct remote_fd *remote, c
     uint32_t *in_flight = wait ? &remote->requests_in_flight : &remote->hints_in_flight;
     if (__atomic_load_n(in_flight, __ATOMIC_RELAXED) >= FAULT_REQUESTS_IN_FLIGHT_MAX) {
         if (wait)
-            disable_remote(ft, remote, EUSERS, 0);
+            disable_remote(ft, remote, EDQUOT, 0);
         return; /* a prefetch is a hint */
     }
     uint64_t start = request->offset / block->page_size;

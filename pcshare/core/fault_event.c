@@ -30,6 +30,20 @@ void tell_block(struct fault_threads *ft, struct served_block *served, uint32_t 
         ring(ft);
 }
 
+/* Bits tell that something changed, this tells what holds now: a late page that came does not look late. */
+void tell_late(struct fault_threads *ft, struct served_block *served, int error, uint64_t offset)
+{
+    pthread_mutex_lock(&ft->events_lock);
+    int fresh = !(served->events & EVENT_BLOCK_LATE);
+    served->events |= EVENT_BLOCK_LATE;
+    ft->events_pending += (uint64_t)fresh;
+    served->late_error = error;
+    served->late_offset = offset;
+    pthread_mutex_unlock(&ft->events_lock);
+    if (fresh)
+        ring(ft);
+}
+
 void tell_remote(struct fault_threads *ft, struct remote_fd *remote, uint32_t kind, int error, uint64_t addr)
 {
     pthread_mutex_lock(&ft->events_lock);
@@ -63,8 +77,10 @@ static int next_block_event(struct fault_threads *ft, struct fault_event *event)
             continue;
         event->kind = lowest_bit(served->events);
         event->block_index = i;
-        event->error = served->error;
-        event->offset = event->kind == EVENT_BLOCK_FOREIGN ? served->foreign_offset : served->error_offset;
+        event->error = event->kind == EVENT_BLOCK_LATE ? served->late_error : served->error;
+        event->offset = event->kind == EVENT_BLOCK_FOREIGN ? served->foreign_offset
+                        : event->kind == EVENT_BLOCK_LATE  ? served->late_offset
+                                                           : served->error_offset;
         served->events &= ~event->kind;
         return 1;
     }

@@ -2,8 +2,9 @@
  * core.
  *
  * Files: fault_thread.c (threads and what they poll), fault_set.c (adding, finding, removing), request.c (a fault's way
- * to its page), fault_home.c (which of them answers), stream.c (all that is asked for without a fault), fault_control.c
- * (messages of attached helpers), fault_event.c (what Python is told).
+ * to its page), demand.c (what faults ask of sources), fault_timeout.c (what takes too long), fault_home.c (which of
+ * them answers), stream.c (all that is asked for without a fault), fault_control.c (messages of attached helpers),
+ * fault_event.c (what Python is told).
  */
 #ifndef PCSHARE_FAULT_INTERNAL_H
 #define PCSHARE_FAULT_INTERNAL_H
@@ -13,6 +14,7 @@
 
 #include "fault_thread.h"
 #include "stream.h"
+#include "thread.h"
 #include "waiters.h"
 
 enum {
@@ -31,6 +33,7 @@ struct served_block {
     int paused; /* the source failed and the policy is to wait for a resume: the stream leaves it alone */
     int complete;
     int gaps_told;
+    int late; /* something takes too long: the stream's thread's */
     uint64_t foreign_told;
     uint64_t progress_told;
     uint32_t stream_window_max;
@@ -41,6 +44,8 @@ struct served_block {
     int error;
     uint64_t error_offset;
     uint64_t foreign_offset;
+    int late_error; /* 0: nothing is late any more */
+    uint64_t late_offset;
 };
 
 struct fault_worker {
@@ -71,7 +76,12 @@ struct fault_threads {
     struct served_block *blocks[STATUS_BLOCKS_MAX]; /* a pointer is cleared only after every worker has passed by */
     struct waiters waiters;
     struct stream stream;
+    uint32_t last_faulter;           /* a remote fd's id */
+    uint64_t beside_others_until_ns; /* more than one of them faults */
     uint32_t demand_in_flight;
+    pthread_mutex_t demands_lock; /* the remote fds' queues; short, no system call under it */
+    uint64_t fault_timeout_ns; /* 0: never */
+    uint64_t next_look_ns;     /* the stream's thread's */
 
     pthread_mutex_t events_lock;
     int event_fd;
@@ -110,12 +120,42 @@ void after_placing(struct fault_threads *ft, struct served_block *served, uint64
                    int kind);
 /* Pages came because this helper asked. It may be gone by now. */
 void credit_helper(struct fault_threads *ft, uint32_t remote_id, uint64_t placed);
+/* A child of fork comes with the poison marks of its parent's copy-on-write mapping, also of pages that have come
+ * meanwhile: takes those off. */
+void lift_inherited(struct remote_fd *remote);
 void lose_page(struct fault_threads *ft, struct served_block *served, uint64_t page);
 /* The result of a request, or -EPROTO where it says that pages have arrived which are not here. */
 int checked_result(const struct ramblock *block, const struct page_request *request, int result);
 /* How many bytes of [page, page + n) the source holds; the rest of the last page is zeros. */
 uint64_t source_length(const struct ramblock *block, uint64_t page, uint64_t n);
-void ask_again(struct fault_threads *ft, struct served_block *served);
+/* What became of a demand: the page is placed, or it failed. */
+void page_answered(struct fault_threads *ft, struct served_block *served, struct page_request *request,
+                   uint32_t asker, int result);
+/* The page did not come: whoever waits goes on waiting, visibly, or is told by a poison mark. */
+void page_failed(struct fault_threads *ft, struct served_block *served, uint64_t page, int error, uint32_t kind);
+
+/* demand.c */
+/* A place at the source for one page of the helper's, or 0: it goes to its queue. Given back by the answer, or by
+ * demand_release. */
+int demand_reserve(struct fault_threads *ft, struct remote_fd *remote);
+void demand_release(struct fault_threads *ft, struct remote_fd *remote);
+/* Asks the source; a place is reserved. */
+void demand_ask(struct fault_threads *ft, struct remote_fd *remote, uint64_t page);
+/* Asks in the helper's turn. */
+void demand_queue_page(struct fault_threads *ft, struct remote_fd *remote, uint64_t page);
+/* Pages at the source and in its queue. */
+uint32_t demand_count(struct fault_threads *ft, const struct remote_fd *remote);
+/* A remote fd waits for nothing any more; what it was to ask for and others wait for is asked for by them. */
+void demand_drop_remote(struct fault_threads *ft, struct remote_fd *remote);
+/* The source may be asked again: for every page of the block that somebody waits for and that is not on its way. */
+void demand_ask_again(struct fault_threads *ft, struct served_block *served);
+
+/* fault_timeout.c */
+/* With the stream's lock held, which it may open: looks for what takes too long, if it is time to. Returns how long
+ * there is nothing to look for, in ns. */
+uint64_t timeout_look(struct fault_threads *ft);
+/* What is late may be asked again. */
+void timeout_forget(struct fault_threads *ft, struct served_block *served);
 
 /* fault_control.c */
 void handle_control(struct fault_threads *ft, struct remote_fd *remote);
@@ -126,6 +166,8 @@ void send_done(struct fault_threads *ft, struct remote_fd *remote, uint32_t cook
 
 /* fault_event.c */
 void tell_block(struct fault_threads *ft, struct served_block *served, uint32_t kind, int error, uint64_t offset);
+/* Pages of the block are late (error, the offset of one), or no longer (0). */
+void tell_late(struct fault_threads *ft, struct served_block *served, int error, uint64_t offset);
 void tell_remote(struct fault_threads *ft, struct remote_fd *remote, uint32_t kind, int error, uint64_t addr);
 
 #endif

@@ -95,6 +95,7 @@ int fault_threads_add_remote(struct fault_threads *ft, struct remote_fd *remote,
         return rc;
     }
     trace_point(TRACE_REMOTE_ADD, remote->block->index, remote->id, 0, 0);
+    lift_inherited(remote);
     return 0;
 }
 
@@ -107,7 +108,7 @@ int fault_threads_remove_remote(struct fault_threads *ft, uint32_t id)
     __atomic_store_n(&remote->disabled, 1, __ATOMIC_RELEASE);
     stop_polling(ft, remote->uffd);
     stop_polling(ft, remote->control);
-    waiters_drop_remote(&ft->waiters, remote);
+    demand_drop_remote(ft, remote);
     stream_drop_remote(ft, remote);
     trace_point(TRACE_REMOTE_REMOVE, remote->block->index, id, 0, 0);
     remote_fd_put(remote);
@@ -293,7 +294,8 @@ int fault_threads_resume_block(struct fault_threads *ft, uint32_t block_index)
         return -ENOENT;
     __atomic_store_n(&served->paused, 0, __ATOMIC_RELEASE);
     clear_lost(ft, served->block);
+    timeout_forget(ft, served);
     stream_resume_block(ft, served->block);
-    ask_again(ft, served);
+    demand_ask_again(ft, served);
     return 0;
 }

@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "memory_room.h"
 #include "thread.h"
 #include "trace.h"
 #include "uffd.h"
@@ -18,6 +19,7 @@
 /* What an epoll event is about; the low half of its data is a remote fd's id, or the index of a channel's block. */
 enum { POLL_QUIT = 0, POLL_UFFD = 1, POLL_CONTROL = 2, POLL_CHANNEL = 3 };
 enum { POLL_KIND_SHIFT = 32 };
+static const uint64_t beside_others_ns = 100000000; /* since another helper faulted: then it is likely to fault again */
 
 /* ---- polling ---- */
 
@@ -75,7 +77,7 @@ void disable_remote(struct fault_threads *ft, struct remote_fd *remote, int erro
     trace_point(TRACE_REMOTE_DISABLE, remote->block->index, remote->id, 0, (uint64_t)error);
     stop_polling(ft, remote->uffd);
     stop_polling(ft, remote->control);
-    waiters_drop_remote(&ft->waiters, remote);
+    demand_drop_remote(ft, remote);
     stream_drop_remote(ft, remote);
     tell_remote(ft, remote, EVENT_REMOTE_DISABLED, error, addr);
 }
@@ -96,6 +98,21 @@ static void handle_fault_message(struct fault_worker *worker, struct remote_fd *
     }
 }
 
+/* How many faults of a helper are answered in a row. While others fault too it is one: each answer makes a thread
+ * runnable, and behind sixteen of one helper's another's fault waits, and then its thread, which is longer. */
+static uint32_t batch_for(struct fault_threads *ft, const struct remote_fd *remote)
+{
+    uint32_t last = __atomic_load_n(&ft->last_faulter, __ATOMIC_RELAXED);
+    uint64_t now_ns = clock_ns();
+
+    if (last != remote->id) {
+        __atomic_store_n(&ft->last_faulter, remote->id, __ATOMIC_RELAXED);
+        if (last)
+            __atomic_store_n(&ft->beside_others_until_ns, now_ns + beside_others_ns, __ATOMIC_RELAXED);
+    }
+    return now_ns < __atomic_load_n(&ft->beside_others_until_ns, __ATOMIC_RELAXED) ? 1 : UFFD_READ_MAX;
+}
+
 /* One batch a round, so that one helper cannot keep the others waiting; level-triggered, so nothing is forgotten. */
 static void handle_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t poll_events)
 {
@@ -105,7 +122,7 @@ static void handle_uffd(struct fault_worker *worker, struct remote_fd *remote, u
         disable_remote(worker->ft, remote, EBADFD, 0);
         return;
     }
-    int n = uffd_read(remote->uffd, messages, UFFD_READ_MAX);
+    int n = uffd_read(remote->uffd, messages, batch_for(worker->ft, remote));
     if (n < 0 && n != -EINTR)
         disable_remote(worker->ft, remote, -n, 0);
     for (int i = 0; i < n; i++)
@@ -323,10 +340,12 @@ int fault_threads_new(struct fault_threads **ftp, struct status_header *status)
     if (!ft)
         return -ENOMEM;
     ft->status = status;
+    memory_room_get();
     pthread_mutex_init(&ft->workers_lock, NULL);
     pthread_cond_init(&ft->workers_changed, NULL);
     pthread_mutex_init(&ft->table_lock, NULL);
     pthread_mutex_init(&ft->events_lock, NULL);
+    pthread_mutex_init(&ft->demands_lock, NULL);
     waiters_init(&ft->waiters);
     ft->quit_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     ft->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -359,10 +378,12 @@ void fault_threads_free(struct fault_threads *ft)
         }
     }
     stream_deinit(ft);
+    memory_room_put();
     if (ft->quit_fd >= 0)
         close(ft->quit_fd);
     if (ft->event_fd >= 0)
         close(ft->event_fd);
+    pthread_mutex_destroy(&ft->demands_lock);
     pthread_mutex_destroy(&ft->events_lock);
     pthread_mutex_destroy(&ft->table_lock);
     pthread_cond_destroy(&ft->workers_changed);

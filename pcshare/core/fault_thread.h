@@ -31,6 +31,7 @@ enum {
     EVENT_REMOTE_LEFT = 32,       /* LEAVE */
     EVENT_REMOTE_HUNG_UP = 64,    /* the control socket closed without LEAVE */
     EVENT_REMOTE_DISABLED = 128,  /* cut off: error, addr */
+    EVENT_BLOCK_LATE = 256,       /* pages take longer than the fault timeout: error, offset of one; error 0: no longer */
 };
 
 struct fault_event {
@@ -85,7 +86,10 @@ int fault_threads_probe_remote(struct fault_threads *ft, uint32_t id);
 void fault_threads_set_stream(struct fault_threads *ft, uint32_t mode, uint64_t rate);
 /* Nothing is streamed before fault_threads_set_stream; the status goes on saying what it says. */
 void fault_threads_hold_stream(struct fault_threads *ft);
-/* Asks a failed source again: outstanding pages, lost pages, the stream's gaps. */
+/* How long a page that somebody waits for may take; 0: for ever. Then who waits goes on waiting and EVENT_BLOCK_LATE
+ * tells; with SOURCE_LOSS_POISON the page is lost too, until it comes after all. Before the threads are started. */
+void fault_threads_set_fault_timeout(struct fault_threads *ft, uint64_t timeout_ms);
+/* Asks a failed source again: outstanding pages, late pages, lost pages, the stream's gaps. */
 int fault_threads_resume_block(struct fault_threads *ft, uint32_t block_index);
 
 /* Readable when an event waits. */

@@ -11,11 +11,16 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 #include "bitmap.h"
 #include "helper_internal.h"
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22 /* Linux 5.14; older headers lack it */
+#endif
 
 /* ---- the list of requests ---- */
 
@@ -116,14 +121,31 @@ static int check_range(const struct pcshare_attachment *a, uint64_t offset, uint
                        a->info.idstr, a->info.used_length, length, offset);
 }
 
+/* Of a sparse block the bitmap is sparse too, and to look into a hole of it with /dev/shm full would be SIGBUS: what has
+ * no memory has no bit. (Linux before 5.14 does not know the question.) */
+static int bits_are_there(const uint64_t *received, uint64_t page)
+{
+    uint64_t host_page = (uint64_t)sysconf(_SC_PAGESIZE), bits = host_page * 8;
+    uint8_t *there = (uint8_t *)(uintptr_t)received + page / bits * host_page;
+
+    return madvise(there, host_page, MADV_POPULATE_READ) == 0 || errno == EINVAL;
+}
+
 static int range_is_received(const struct pcshare_attachment *a, uint64_t offset, uint64_t length)
 {
-    uint64_t start = offset / a->info.page_size, end;
+    uint64_t page = offset / a->info.page_size, end, stop, bits = (uint64_t)sysconf(_SC_PAGESIZE) * 8;
+    int is_sparse = a->info.map_length / a->info.page_size > STATUS_BITMAP_EAGER_BYTES * 8ull;
 
     if (length == 0 || a->state == PCSHARE_COMPLETE)
         return 1;
     end = (offset + length - 1) / a->info.page_size + 1;
-    return bitmap_next_clear(a->view->received, start, end) == end;
+    for (; page < end; page = stop) {
+        stop = (page / bits + 1) * bits < end ? (page / bits + 1) * bits : end;
+        if ((is_sparse && !bits_are_there(a->view->received, page)) ||
+            bitmap_next_clear(a->view->received, page, stop) < stop)
+            return 0;
+    }
+    return 1;
 }
 
 static struct timespec timespec_of(int64_t ms)

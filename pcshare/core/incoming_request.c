@@ -18,6 +18,7 @@
 enum {
     PIECE_BYTES = 128 << 10, /* of a range: what a fault may have to wait behind once it has left */
     PIECES = 4,
+    DEMANDS_OF_ONE = 16, /* requested pages of one helper: another's is asked for behind no more */
 };
 
 struct incoming_channel {
@@ -335,6 +336,7 @@ int incoming_page_channel(struct incoming *in, uint32_t index, struct page_chann
                                        .stream_piece_bytes = PIECE_BYTES,
                                        .stream_piece_count = PIECES,
                                        .stream_piece_count_demand = PIECES,
+                                       .demands_of_one = DEMANDS_OF_ONE,
                                        .pushes = 1};
     c->block = block;
     c->poll_fd = fcntl(in->epoll_fd, F_DUPFD_CLOEXEC, 0);

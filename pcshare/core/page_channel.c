@@ -64,6 +64,7 @@ int page_channel_zero_new(struct page_channel **channelp)
     **channelp = (struct page_channel){.ops = &zero_ops,
                                        .stream_piece_bytes = PAGE_CHANNEL_PIECE_BYTES,
                                        .stream_piece_count = PAGE_CHANNEL_PIECES,
-                                       .stream_piece_count_demand = PAGE_CHANNEL_PIECES_DEMAND};
+                                       .stream_piece_count_demand = PAGE_CHANNEL_PIECES_DEMAND,
+                                       .demands_of_one = PAGE_CHANNEL_DEMANDS_OF_ONE};
     return 0;
 }

@@ -39,6 +39,7 @@ enum {
     PAGE_CHANNEL_PIECE_BYTES = 1 << 20,
     PAGE_CHANNEL_PIECES = 4,
     PAGE_CHANNEL_PIECES_DEMAND = 1,
+    PAGE_CHANNEL_DEMANDS_OF_ONE = 8, /* half of what a file's readers do side by side */
 };
 
 struct page_channel_ops {
@@ -58,6 +59,7 @@ struct page_channel {
     uint32_t stream_piece_bytes;
     uint32_t stream_piece_count;
     uint32_t stream_piece_count_demand; /* while somebody waits in a fault */
+    uint32_t demands_of_one; /* pages of one helper's faults that it is asked for at once */
     int pushes; /* its source sends every page of its own accord: only what somebody wants is asked for */
 };
 

@@ -286,7 +286,8 @@ int page_channel_file_new(struct page_channel **channelp, int fd, uint64_t size)
     c->channel = (struct page_channel){.ops = &file_ops,
                                        .stream_piece_bytes = PAGE_CHANNEL_PIECE_BYTES,
                                        .stream_piece_count = PAGE_CHANNEL_PIECES,
-                                       .stream_piece_count_demand = PAGE_CHANNEL_PIECES_DEMAND};
+                                       .stream_piece_count_demand = PAGE_CHANNEL_PIECES_DEMAND,
+                                       .demands_of_one = PAGE_CHANNEL_DEMANDS_OF_ONE};
     c->fd = fd;
     c->size = size;
     pthread_mutex_init(&c->mutex, NULL);

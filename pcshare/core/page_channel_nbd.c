@@ -35,6 +35,8 @@ enum {
     NBD_STREAM_PIECES = 16,     /* as many as nbdkit and qemu-nbd work on at once */
     NBD_STREAM_PIECES_NEAR = 1, /* beside a demand: one that answers at once keeps CPUs busy that the demand needs */
     NBD_STREAM_PIECES_FAR = 4,  /* one that takes its time goes on at full speed */
+    NBD_DEMANDS_OF_ONE_NEAR = 4, /* pages of one helper: what a near server has to do is done one after the other */
+    NBD_DEMANDS_OF_ONE_FAR = 16, /* as many as nbdkit and qemu-nbd work on at once */
 };
 static const uint64_t ns_per_ms = 1000000;
 static const uint64_t far_ns = 1000000; /* a page takes longer, and it is not for want of a CPU */
@@ -404,8 +406,11 @@ static void note_round_trip(struct nbd_channel *c, const struct nbd_read *read)
         c->round_trip_ns = took_ns;
     else
         c->round_trip_ns += c->round_trip_ns / ROUND_TRIP_DRIFT + 1;
-    __atomic_store_n(&c->channel.stream_piece_count_demand,
-                     c->round_trip_ns < far_ns ? NBD_STREAM_PIECES_NEAR : NBD_STREAM_PIECES_FAR, __ATOMIC_RELAXED);
+    int is_near = c->round_trip_ns < far_ns;
+    __atomic_store_n(&c->channel.stream_piece_count_demand, is_near ? NBD_STREAM_PIECES_NEAR : NBD_STREAM_PIECES_FAR,
+                     __ATOMIC_RELAXED);
+    __atomic_store_n(&c->channel.demands_of_one, is_near ? NBD_DEMANDS_OF_ONE_NEAR : NBD_DEMANDS_OF_ONE_FAR,
+                     __ATOMIC_RELAXED);
 }
 
 static void handle_answer(struct nbd_channel *c, struct nbd_read *read)
@@ -711,7 +716,8 @@ int page_channel_nbd_new(struct page_channel **channelp, const struct nbd_settin
     c->channel = (struct page_channel){.ops = &nbd_ops,
                                        .stream_piece_bytes = NBD_STREAM_PIECE_BYTES,
                                        .stream_piece_count = NBD_STREAM_PIECES,
-                                       .stream_piece_count_demand = NBD_STREAM_PIECES_NEAR};
+                                       .stream_piece_count_demand = NBD_STREAM_PIECES_NEAR,
+                                       .demands_of_one = NBD_DEMANDS_OF_ONE_NEAR};
     c->settings = *settings;
     c->n_owners = 1;
     c->wake_fd = c->event_fd = c->epoll_fds[NBD_PRIMARY] = c->epoll_fds[NBD_DEMAND] = -1;

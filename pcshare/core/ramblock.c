@@ -14,10 +14,15 @@
 
 #include "bitmap.h"
 #include "error.h"
+#include "memory_room.h"
 #include "trace.h"
 #include "uffd.h"
 
 enum { PLACE_TRIES_MAX = 1000 }; /* EAGAIN in a row: the keeper's address space moves only while it makes a block */
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 /* Linux 5.14; older headers lack it */
+#endif
 
 static _Alignas(4096) uint8_t zero_page[RAMBLOCK_PAGE_SIZE_MAX]; /* never written; not const, so that it lies in .bss */
 
@@ -108,13 +113,21 @@ static void hold_no_holes(struct ramblock *b)
     b->n_data = 1;
 }
 
+/* Which page of the received bitmap holds the bit of a page. */
+static uint64_t bitmap_page_of(uint64_t page)
+{
+    return page / ((uint64_t)getpagesize() * 8);
+}
+
 static int make_bitmaps(struct ramblock *b)
 {
-    uint64_t **bitmaps[] = {&b->placing, &b->requested, &b->failed, &b->poisoned};
+    uint64_t **bitmaps[] = {&b->placing, &b->requested, &b->failed, &b->poisoned, &b->lifted};
     int rc = 0;
 
     for (size_t i = 0; rc == 0 && i < sizeof(bitmaps) / sizeof(*bitmaps); i++)
         rc = bitmap_new(bitmaps[i], b->page_count);
+    if (rc == 0)
+        rc = bitmap_new(&b->reserved, bitmap_page_of(b->page_count - 1) + 1);
     return rc;
 }
 
@@ -423,10 +436,12 @@ void ramblock_free(struct ramblock *b)
     give_back(b->keeper, b->keeper_block, b->memfd);
     close_fd(&b->placing_uffd);
     close_fd(&b->helper_memfd);
+    bitmap_free(b->reserved, bitmap_page_of(b->page_count - 1) + 1);
     bitmap_free(b->placing, b->page_count);
     bitmap_free(b->requested, b->page_count);
     bitmap_free(b->failed, b->page_count);
     bitmap_free(b->poisoned, b->page_count);
+    bitmap_free(b->lifted, b->page_count);
     bitmap_free(b->recovered, b->page_count);
     free(b->data);
     free(b);
@@ -441,9 +456,26 @@ void ramblock_complete(struct ramblock *b)
 
 /* ---- asking ---- */
 
+/* Of a sparse block the received bitmap has memory only where it is needed. With /dev/shm full a look at such a hole or
+ * a write would be SIGBUS; this says so instead. Linux before 5.14 does not know the question (EINVAL). */
+static int reserve_bits(const struct ramblock *b, uint64_t page, uint64_t end)
+{
+    size_t host_page = (size_t)getpagesize();
+
+    for (uint64_t at = bitmap_page_of(page); at <= bitmap_page_of(end - 1); at++) {
+        if (bitmap_test(b->reserved, at))
+            continue;
+        if (madvise((uint8_t *)b->received + at * host_page, host_page, MADV_POPULATE_WRITE) < 0 && errno != EINVAL)
+            return errno == EFAULT ? -ENOSPC : -errno;
+        bitmap_test_and_set(b->reserved, at);
+    }
+    return 0;
+}
+
+/* Where there is no room for its bit it is not. */
 int ramblock_is_received(const struct ramblock *b, uint64_t page)
 {
-    return bitmap_test(b->received, page);
+    return reserve_bits(b, page, page + 1) == 0 && bitmap_test(b->received, page);
 }
 
 /* The index of the first extent that ends after the page; n_data if there is none. */
@@ -605,15 +637,20 @@ static int place_pages(struct ramblock *b, uint64_t page, uint64_t n_pages, cons
                        uint64_t *placed_pagesp)
 {
     uint64_t end = page + n_pages, at = page;
+    int rc = n_pages ? reserve_bits(b, page, end) : 0;
 
     *placed_pagesp = 0;
+    if (rc == 0 && !needs_every_page(b)) /* huge pages were set aside when the block was made */
+        rc = memory_room_take(n_pages * b->page_size);
+    if (rc < 0)
+        return rc;
     while (at < end) {
         uint64_t run = acquire_run(b, at, end);
         if (run == 0) {
             at++;
             continue;
         }
-        int rc = place_run(b, at, run, bytes ? bytes + (at - page) * b->page_size : NULL, placed_pagesp);
+        rc = place_run(b, at, run, bytes ? bytes + (at - page) * b->page_size : NULL, placed_pagesp);
         if (rc < 0)
             return rc;
         at += run;

@@ -51,10 +51,13 @@ struct ramblock {
     uint32_t keeper_block;
     struct keeper *keeper;
     uint64_t *received;  /* in the status segment */
+    uint64_t *reserved;  /* which pages of the received bitmap have memory: a bit each */
     uint64_t *placing;   /* who holds a page's bit may place it */
     uint64_t *requested; /* the stream asked for it and has no answer yet, or it is lost: not to be asked for */
     uint64_t *failed;    /* the source lost it: a touch is poisoned, or waits */
     uint64_t *poisoned;  /* some helper has a poison mark there, to be lifted when the page arrives after all */
+    uint64_t *lifted;    /* that was done; a child of fork may come later with a mark that it inherited */
+    uint64_t n_lifted;
     uint64_t *recovered; /* of a block taken over: may be present although nobody has noted it. NULL: of no page */
     struct ramblock_extent *data; /* page-aligned, in pages */
     uint64_t n_data;
@@ -93,7 +96,7 @@ uint64_t ramblock_next_missing(const struct ramblock *b, uint64_t start, uint64_
  * most; returns the count and marks them requested. 0: none. */
 uint64_t ramblock_claim_missing(struct ramblock *b, uint64_t start, uint64_t end, uint64_t max, uint64_t *firstp);
 
-/* Places n_pages from bytes. Pages that are received or being placed are left alone. *placed_pagesp counts those placed
+/* Places n_pages from bytes. -ENOSPC: the status segment has no room for their bits. Pages that are received or being placed are left alone. *placed_pagesp counts those placed
  * now. On a negative errno the pages before the failing one are placed. A foreign page is counted, and repaired in a
  * read-only block. */
 int ramblock_place(struct ramblock *b, uint64_t page, uint64_t n_pages, const void *bytes, uint64_t *placed_pagesp);

@@ -84,6 +84,12 @@ void remote_fd_put(struct remote_fd *r)
     if (!r || __atomic_sub_fetch(&r->references, 1, __ATOMIC_ACQ_REL) > 0)
         return;
     close_fds(r->uffd, r->control);
+    while (r->demands.head) {
+        struct queued_page *first = r->demands.head;
+
+        r->demands.head = first->next;
+        free(first);
+    }
     free(r);
 }
 

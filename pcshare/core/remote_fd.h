@@ -11,6 +11,21 @@
 #include "ramblock.h"
 #include "wire.h"
 
+/* A page that is to be asked for when fewer are at the source. */
+struct queued_page {
+    struct queued_page *next;
+    uint64_t page;
+};
+
+/* What its faults ask of the source; see demand.c, whose lock guards it. */
+struct demand_queue {
+    uint32_t at_source; /* asked for and not answered */
+    uint32_t n_queued;
+    uint32_t looks; /* how often the queue is to be looked at: who makes it 1 does */
+    struct queued_page *head;
+    struct queued_page *tail;
+};
+
 struct remote_map {
     uint64_t client_addr;
     uint64_t length;
@@ -26,7 +41,8 @@ struct remote_fd {
     int disabled;
     uint32_t requests_in_flight; /* ranges that it waits for */
     uint32_t hints_in_flight;    /* ranges that it prefetches */
-    uint32_t demands_in_flight;  /* pages that the source was asked for because it faulted */
+    struct demand_queue demands; /* pages because it faulted */
+    uint64_t range_turn;         /* the stream's: when a range of it had its last piece */
     struct ramblock *block;
     uint32_t n_maps;
     struct remote_map maps[16];

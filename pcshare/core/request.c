@@ -20,14 +20,6 @@ enum { NOT_AT_HAND = 2 };                                    /* beside RAMBLOCK_
 enum { TOLD_RECEIVED = 1, TOLD_BEFORE = 2, TOLD_ASKED = 0 }; /* details of TRACE_REQUEST_SHARED */
 enum { PROGRESS_STEPS = 256 };
 
-struct demand {
-    struct page_request request;
-    struct fault_threads *ft;
-    struct served_block *served;
-    uint32_t asker; /* the remote fd whose fault it is; 0: nobody's in particular */
-    uint8_t bytes[];
-};
-
 uint64_t source_length(const struct ramblock *block, uint64_t page, uint64_t n)
 {
     uint64_t offset = page * block->page_size, length = n * block->page_size;
@@ -140,11 +132,24 @@ static void lift_poison(struct fault_threads *ft, struct ramblock *block, uint64
         if (!ramblock_is_received(block, i))
             continue;
         bitmap_test_and_clear(block->poisoned, i);
+        bitmap_test_and_set(block->lifted, i); /* first: who is added from now on looks there, who is here is told */
+        __atomic_fetch_add(&block->n_lifted, 1, __ATOMIC_SEQ_CST);
         for_each_remote(ft, block, lift_one, &i);
     }
     for (uint64_t i = bitmap_next_set(block->failed, page, page + n); i < page + n;
          i = bitmap_next_set(block->failed, i + 1, page + n))
         forget_loss(block, i);
+}
+
+void lift_inherited(struct remote_fd *remote)
+{
+    struct ramblock *block = remote->block;
+
+    if (!__atomic_load_n(&block->n_lifted, __ATOMIC_SEQ_CST))
+        return;
+    for (uint64_t i = bitmap_next_set(block->lifted, 0, block->page_count); i < block->page_count;
+         i = bitmap_next_set(block->lifted, i + 1, block->page_count))
+        lift_one(remote, &i);
 }
 
 static void tell_progress(struct fault_threads *ft, struct served_block *served)
@@ -220,10 +225,10 @@ int checked_result(const struct ramblock *block, const struct page_request *requ
     return result == PAGE_CHANNEL_ARRIVED && ramblock_next_missing(block, request->page, end) < end ? -EPROTO : result;
 }
 
-/* ---- asking ---- */
+/* ---- answers ---- */
 
 /* The page did not come: whoever waits goes on waiting, visibly, or is told by a poison mark. */
-static void page_failed(struct fault_threads *ft, struct served_block *served, uint64_t page, int error, uint32_t kind)
+void page_failed(struct fault_threads *ft, struct served_block *served, uint64_t page, int error, uint32_t kind)
 {
     if (ramblock_is_received(served->block, page))
         return; /* it came by another way: a touch and a range may both have asked */
@@ -237,31 +242,19 @@ static void page_failed(struct fault_threads *ft, struct served_block *served, u
     tell_block(ft, served, kind, error, page * served->block->page_size);
 }
 
-static void demand_ended(struct fault_threads *ft, uint32_t asker)
+void page_answered(struct fault_threads *ft, struct served_block *served, struct page_request *request,
+                   uint32_t asker, int result)
 {
-    struct remote_fd *remote = remote_by_id(ft, asker);
-
-    if (!remote)
-        return;
-    __atomic_sub_fetch(&remote->demands_in_flight, 1, __ATOMIC_RELAXED);
-    remote_fd_put(remote);
-}
-
-static void demand_done(struct page_request *request, int result)
-{
-    struct demand *demand = request->owner;
-    struct fault_threads *ft = demand->ft;
-    struct served_block *served = demand->served;
     struct ramblock *block = served->block;
     uint64_t placed = 0;
 
     result = checked_result(block, request, result);
     if (result == PAGE_CHANNEL_ARRIVED) {
-        credit_helper(ft, demand->asker, 1);
+        credit_helper(ft, asker, 1);
     } else if (result == 0) {
-        memset(demand->bytes + request->length, 0, block->page_size - request->length);
-        result = ramblock_place(block, request->page, 1, demand->bytes, &placed);
-        credit_helper(ft, demand->asker, placed);
+        memset(request->bytes + request->length, 0, block->page_size - request->length);
+        result = ramblock_place(block, request->page, 1, request->bytes, &placed);
+        credit_helper(ft, asker, placed);
         if (result >= 0)
             after_placing(ft, served, request->page, 1, placed, PLACED_DEMAND);
         else
@@ -269,47 +262,6 @@ static void demand_done(struct page_request *request, int result)
     } else if (result != -ECANCELED) {
         page_failed(ft, served, request->page, -result, EVENT_BLOCK_SOURCE_ERROR);
     }
-    demand_ended(ft, demand->asker);
-    if (__atomic_sub_fetch(&ft->demand_in_flight, 1, __ATOMIC_ACQ_REL) == 0)
-        stream_poke(ft);
-    free(demand);
-}
-
-static void ask_source(struct fault_threads *ft, struct served_block *served, uint64_t page, uint32_t asker)
-{
-    struct ramblock *block = served->block;
-    struct demand *demand = malloc(sizeof(*demand) + block->page_size);
-
-    if (!demand) {
-        demand_ended(ft, asker);
-        page_failed(ft, served, page, ENOMEM, EVENT_BLOCK_PLACE_ERROR);
-        return;
-    }
-    demand->ft = ft;
-    demand->served = served;
-    demand->asker = asker;
-    demand->request = (struct page_request){.offset = page * block->page_size,
-                                            .length = source_length(block, page, 1),
-                                            .bytes = demand->bytes,
-                                            .is_demand = 1,
-                                            .done = demand_done,
-                                            .owner = demand,
-                                            .block_index = block->index,
-                                            .page = page,
-                                            .n_pages = 1};
-    __atomic_fetch_add(&ft->demand_in_flight, 1, __ATOMIC_ACQ_REL);
-    page_channel_submit(served->channel, &demand->request);
-}
-
-void ask_again(struct fault_threads *ft, struct served_block *served)
-{
-    uint32_t bucket = 0;
-    uint64_t page;
-
-    /* Until one fails at once: what is left waits for the next resume. */
-    while (!__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE) &&
-           waiters_next_unasked(&ft->waiters, served->block, &bucket, &page))
-        ask_source(ft, served, page, 0);
 }
 
 /* ---- a fault ---- */
@@ -333,37 +285,58 @@ static int place_now(struct fault_worker *worker, struct served_block *served, u
     return ramblock_place(block, page, 1, worker->staging, placedp);
 }
 
-/* Asks for a page because of a fault. Asked in any case: others may wait for it; but a helper that waits for more pages
- * than it can have threads is cut off. */
-static void ask_for(struct fault_threads *ft, struct served_block *served, struct remote_fd *remote, uint64_t page)
+/* A helper that waits for more pages than it can have threads is cut off; what it asked for last is asked in any case,
+ * as others may wait for it. */
+static void check_demands(struct fault_threads *ft, struct remote_fd *remote)
 {
-    uint32_t in_flight = __atomic_add_fetch(&remote->demands_in_flight, 1, __ATOMIC_RELAXED);
-
-    ask_source(ft, served, page, remote->id);
-    if (in_flight > FAULT_DEMANDS_IN_FLIGHT_MAX && !remote->is_own)
+    if (!remote->is_own && demand_count(ft, remote) > FAULT_DEMANDS_IN_FLIGHT_MAX)
         disable_remote(ft, remote, EUSERS, 0);
 }
 
+/* Asks for a page because of a fault: at once, where the helper has a place reserved, or in its turn. */
+static void ask_for(struct fault_threads *ft, struct remote_fd *remote, uint64_t page, int has_place)
+{
+    if (has_place)
+        demand_ask(ft, remote, page);
+    else
+        demand_queue_page(ft, remote, page);
+    check_demands(ft, remote);
+}
+
+/* What a fault waits for. */
+enum {
+    WAIT_ASKS = 1,    /* the source, asked unless somebody has */
+    WAIT_JOINS = 2,   /* another thread, which is placing the page */
+    WAIT_RESUMES = 3, /* placing failed: a resume */
+};
+
 static void wait_for_page(struct fault_threads *ft, struct served_block *served, struct remote_fd *remote,
-                          uint64_t page, uint32_t tid, uint64_t now_ns, int ask)
+                          uint64_t page, uint32_t tid, uint64_t now_ns, int what)
 {
     struct ramblock *block = served->block;
-    int rc = waiters_add(&ft->waiters, block, page, remote, tid, now_ns, ask);
+    int asks = what == WAIT_ASKS, has_place = asks && demand_reserve(ft, remote);
+    int asked = !asks ? WAITERS_UNASKED : has_place ? WAITERS_ASKED : WAITERS_QUEUED;
+    int rc = waiters_add(&ft->waiters, block, page, remote, tid, now_ns, asked);
+    int is_mine = asks && rc == WAITERS_ASK;
 
+    if (rc > 0)
+        trace_point(TRACE_REQUEST_SHARED, block->index, remote->id, page, is_mine ? TOLD_ASKED : TOLD_BEFORE);
+    if (rc > 0 && ramblock_is_received(block, page)) { /* it came between the look at the bit and the note */
+        wake_list(ft, waiters_take(&ft->waiters, block, page, 1));
+        is_mine = 0;
+    }
+    if (is_mine)
+        ask_for(ft, remote, page, has_place);
+    else if (has_place)
+        demand_release(ft, remote);
     if (rc < 0) { /* no memory for a note: let it fault again */
         sched_yield();
         wake_remote(remote, page);
-        return;
-    }
-    trace_point(TRACE_REQUEST_SHARED, block->index, remote->id, page, rc == WAITERS_ASK ? TOLD_ASKED : TOLD_BEFORE);
-    if (ramblock_is_received(block, page)) /* it came between the look at the bit and the note */
-        wake_list(ft, waiters_take(&ft->waiters, block, page, 1));
-    else if (ask && rc == WAITERS_ASK)
-        ask_for(ft, served, remote, page);
-    else if (!ask && rc == WAITERS_ASK && !bitmap_test(block->placing, page))
+    } else if (what == WAIT_JOINS && rc == WAITERS_ASK && !bitmap_test(block->placing, page)) {
         wake_list(ft, waiters_take(&ft->waiters, block, page, 1)); /* who was at it gave up: fault again */
+    }
     if (__atomic_load_n(&remote->disabled, __ATOMIC_ACQUIRE))
-        waiters_drop_remote(&ft->waiters, remote);
+        demand_drop_remote(ft, remote);
 }
 
 /* A received page faults: the message is older than the page, or, in a writable block, a helper has removed the page.
@@ -399,7 +372,8 @@ static void bring_page(struct fault_threads *ft, struct fault_worker *worker, st
         wake_remote(remote, page);
         record_blocktime(ft, remote, now_ns);
     } else {
-        wait_for_page(ft, served, remote, page, tid, now_ns, rc == NOT_AT_HAND);
+        int what = rc == NOT_AT_HAND ? WAIT_ASKS : rc < 0 ? WAIT_RESUMES : WAIT_JOINS;
+        wait_for_page(ft, served, remote, page, tid, now_ns, what);
     }
     if (rc < 0)
         page_failed(ft, served, page, -rc, EVENT_BLOCK_PLACE_ERROR);

@@ -19,6 +19,7 @@ enum {
     STATUS_MACHINE_MAX = 256,
     STATUS_BLOCKS_MAX = 1024,
     STATUS_HELPERS_MAX = 4096,
+    STATUS_BITMAP_EAGER_BYTES = 1 << 20, /* has memory from the start: of a block of up to 32 GiB in 4 KiB pages */
     STATUS_BUCKETS = 32, /* bucket i counts waits of [2^(i-1), 2^i) us; bucket 0: under 1 us */
 };
 

@@ -132,38 +132,65 @@ static void widen_window(struct served_block *served)
         served->stream_window++;
 }
 
-/* Hints that are under way to their end leave the list; the caller ends them. */
-static int claim_for_range(struct fault_threads *ft, struct stream_piece *piece, struct stream_range **overp)
+/* Hints of which all is under way leave the list; the caller ends them. */
+static void unlink_over(struct stream *s, struct stream_range **overp)
 {
-    struct stream *s = &ft->stream;
     struct stream_range **rangep = &s->ranges;
 
     while (*rangep) {
         struct stream_range *range = *rangep;
-        uint64_t n = 0, first = 0;
 
-        if (!is_busy(ft, served_block_of(ft, range->block)) && range->issue < range->end) {
-            uint64_t most = range->piece_pages_max ? range->piece_pages_max : pages_of_piece(ft, range->block, 0);
-            n = ramblock_claim_missing(range->block, range->issue, range->end, most, &first);
-            range->issue = n ? first + n : range->end;
-        }
-        if (n) {
-            piece->block = range->block;
-            piece->request.page = first;
-            piece->request.n_pages = n;
-            piece->kind = range->wait ? PLACED_DEMAND : PLACED_STREAM;
-            piece->asker = range->wait && range->remote ? range->remote->id : 0;
-            return ISSUED;
-        }
-        if (!range->wait && range->issue == range->end) {
-            stream_range_unlink(s, rangep);
-            range->next = *overp;
-            *overp = range;
-        } else {
+        if (range->wait || range->issue < range->end) {
             rangep = &range->next;
+            continue;
         }
+        stream_range_unlink(s, rangep);
+        range->next = *overp;
+        *overp = range;
     }
-    return NOTHING_TO_ASK;
+}
+
+static uint64_t turn_of(const struct stream_range *range)
+{
+    return range->remote ? range->remote->range_turn : 0;
+}
+
+/* Helpers take turns, whatever each asks for: one that wants all of a large block keeps nobody else waiting. Ranges of
+ * one helper go in order. */
+static struct stream_range *next_range(struct fault_threads *ft)
+{
+    struct stream_range *next = NULL;
+
+    for (struct stream_range *range = ft->stream.ranges; range; range = range->next)
+        if (range->issue < range->end && (!next || turn_of(range) < turn_of(next)) &&
+            !is_busy(ft, served_block_of(ft, range->block)))
+            next = range;
+    return next;
+}
+
+static int claim_for_range(struct fault_threads *ft, struct stream_piece *piece, struct stream_range **overp)
+{
+    struct stream *s = &ft->stream;
+    struct stream_range *range;
+    uint64_t n = 0, first = 0;
+
+    while (!n && (range = next_range(ft))) {
+        uint64_t most = range->piece_pages_max ? range->piece_pages_max : pages_of_piece(ft, range->block, 0);
+
+        n = ramblock_claim_missing(range->block, range->issue, range->end, most, &first);
+        range->issue = n ? first + n : range->end;
+    }
+    if (n) {
+        piece->block = range->block;
+        piece->request.page = first;
+        piece->request.n_pages = n;
+        piece->kind = range->wait ? PLACED_DEMAND : PLACED_STREAM;
+        piece->asker = range->wait && range->remote ? range->remote->id : 0;
+        if (range->remote)
+            range->remote->range_turn = ++s->turn;
+    }
+    unlink_over(s, overp);
+    return n ? ISSUED : NOTHING_TO_ASK;
 }
 
 static void take_hint(struct fault_threads *ft)
@@ -280,6 +307,8 @@ static void submit_piece(struct fault_threads *ft, struct stream_piece *piece)
     request->is_demand = 0;
     request->block_index = block->index;
     request->done = piece_done;
+    piece->asked_ns = clock_ns();
+    piece->late = 0;
     trace_point(TRACE_STREAM_REQUEST, block->index, 0, request->page, request->n_pages);
     page_channel_submit(served_block_of(ft, block)->channel, request);
 }
@@ -440,9 +469,9 @@ static void *stream_run(void *argument)
             release_piece(ft, piece);
             continue;
         }
-        uint64_t wait_ns = s->quit ? forever_ns : issue_piece(ft);
+        uint64_t look_ns = timeout_look(ft), wait_ns = s->quit ? forever_ns : issue_piece(ft);
         if (wait_ns && !s->completed)
-            wait_for_work(s, wait_ns);
+            wait_for_work(s, wait_ns < look_ns ? wait_ns : look_ns);
     }
     pthread_mutex_unlock(&s->lock);
     return NULL;

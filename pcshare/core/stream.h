@@ -32,6 +32,8 @@ struct stream_piece {
     int result;
     int kind;       /* PLACED_DEMAND if somebody waits for a range, else PLACED_STREAM */
     uint32_t asker; /* the remote fd that waits; 0: nobody in particular */
+    uint64_t asked_ns;
+    int late; /* that took too long, which has been told */
 };
 
 struct stream {
@@ -46,11 +48,12 @@ struct stream {
     uint64_t hint;        /* written by fault threads: block and page last demanded, plus 1; 0: none */
     uint32_t block_index; /* where the background goes on */
     uint32_t in_flight;
-    int submitting; /* outside the lock, on the way to a channel */
+    int submitting; /* outside the lock, on the way to a channel, or looking for what takes too long */
     struct stream_piece pieces[STREAM_WINDOW];
     struct stream_piece *completed;
     struct stream_range *ranges;
     struct stream_range **ranges_tail;
+    uint64_t turn; /* counts pieces for ranges */
 };
 
 int stream_init(struct fault_threads *ft);

@@ -87,6 +87,7 @@ int stream_add_range(struct fault_threads *ft, struct ramblock *block, uint64_t 
     pthread_mutex_lock(&s->lock);
     /* Under the lock: a page that is placed or lost from now on finds the range. */
     uint64_t lost = wait ? bitmap_next_set(block->failed, start, end) : end;
+    uint64_t lost_end = bitmap_next_clear(block->failed, lost, end);
     struct stream_range **rangep = s->ranges_tail;
     append(s, range); /* before the look: who places a page looks for ranges after it has set the bit */
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
@@ -99,7 +100,7 @@ int stream_add_range(struct fault_threads *ft, struct ramblock *block, uint64_t 
         pthread_cond_broadcast(&s->wake);
     pthread_mutex_unlock(&s->lock);
     if (lost < end)
-        stream_range_end(ft, range, -EIO, lost * block->page_size, block->page_size);
+        stream_range_end(ft, range, -EIO, lost * block->page_size, (lost_end - lost) * block->page_size);
     else if (over)
         stream_range_end(ft, range, 0, 0, 0);
     return 0;
@@ -158,6 +159,20 @@ static int waits_for_lost(struct stream_range *range, const void *argument)
     return range->block == span->block && range->wait && range->start <= span->page && span->page < range->end;
 }
 
+/* The first part of the range that is lost; the page itself may have come meanwhile. */
+static void tell_loss(struct fault_threads *ft, struct stream_range *range, uint64_t page)
+{
+    const struct ramblock *block = range->block;
+    uint64_t first = bitmap_next_set(block->failed, range->start, range->end);
+    uint64_t end = bitmap_next_clear(block->failed, first, range->end);
+
+    if (first == range->end) {
+        first = page;
+        end = page + 1;
+    }
+    stream_range_end(ft, range, -EIO, first * block->page_size, (end - first) * block->page_size);
+}
+
 void stream_note_lost(struct fault_threads *ft, struct ramblock *block, uint64_t page)
 {
     struct stream *s = &ft->stream;
@@ -166,7 +181,12 @@ void stream_note_lost(struct fault_threads *ft, struct ramblock *block, uint64_t
     pthread_mutex_lock(&s->lock);
     struct stream_range *list = take(s, waits_for_lost, &span);
     pthread_mutex_unlock(&s->lock);
-    stream_range_end_list(ft, list, -EIO, page, 1);
+    while (list) {
+        struct stream_range *range = list;
+
+        list = range->next;
+        tell_loss(ft, range, page);
+    }
 }
 
 static int is_of_remote(struct stream_range *range, const void *argument)

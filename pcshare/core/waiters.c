@@ -71,18 +71,39 @@ static int add_waiter(struct wait_entry *entry, struct remote_fd *remote, uint32
     return 0;
 }
 
+static int has_waiter_of(const struct wait_entry *entry, const struct remote_fd *remote)
+{
+    for (const struct waiter *waiter = entry->waiters; waiter; waiter = waiter->next)
+        if (waiter->remote == remote)
+            return 1;
+    return 0;
+}
+
+static void mark_asked(struct wait_entry *entry, int asked, uint64_t now_ns)
+{
+    if (!entry->asked) {
+        entry->asked_ns = now_ns;
+        entry->late = 0;
+    }
+    entry->asked = asked;
+}
+
 int waiters_add(struct waiters *w, struct ramblock *block, uint64_t page, struct remote_fd *remote, uint32_t tid,
                 uint64_t now_ns, int ask)
 {
-    int rc = -ENOMEM;
+    int rc = -ENOMEM, is_in_hand = 0;
 
     pthread_mutex_lock(&w->lock);
     struct wait_entry *entry = find_or_add(w, block, page);
-    if (entry)
+    if (entry) {
+        is_in_hand =
+            entry->asked == WAITERS_ASKED || (entry->asked == WAITERS_QUEUED && has_waiter_of(entry, remote));
         rc = add_waiter(entry, remote, tid, now_ns);
+    }
     if (rc == 0) {
-        rc = entry->asked ? WAITERS_JOINED : WAITERS_ASK;
-        entry->asked |= ask;
+        rc = is_in_hand ? WAITERS_JOINED : WAITERS_ASK;
+        if (!is_in_hand && ask)
+            mark_asked(entry, ask, now_ns);
     }
     pthread_mutex_unlock(&w->lock);
     return rc;
@@ -122,7 +143,7 @@ static struct waiter *take(struct waiters *w, struct ramblock *block, uint64_t p
         if (!(*entryp)->waiters)
             unlink_entry(w, entryp);
         else
-            (*entryp)->asked = 0;
+            (*entryp)->asked = WAITERS_UNASKED;
     }
     pthread_mutex_unlock(&w->lock);
     return list;
@@ -153,32 +174,108 @@ void waiters_unask(struct waiters *w, struct ramblock *block, uint64_t page)
     pthread_mutex_lock(&w->lock);
     struct wait_entry **entryp = find(w, block, page);
     if (*entryp) {
-        (*entryp)->asked = 0;
+        (*entryp)->asked = WAITERS_UNASKED;
         if (!(*entryp)->waiters)
             unlink_entry(w, entryp);
     }
     pthread_mutex_unlock(&w->lock);
 }
 
-int waiters_next_unasked(struct waiters *w, struct ramblock *block, uint32_t *bucketp, uint64_t *pagep)
+typedef int entry_test(const struct wait_entry *entry, const struct ramblock *block, uint64_t then_ns);
+
+/* With the lock held: the next entry that passes, from bucket *bucketp on; that bucket may hold more. */
+static struct wait_entry *next_entry(struct waiters *w, uint32_t *bucketp, entry_test *passes,
+                                     const struct ramblock *block, uint64_t then_ns)
 {
-    int found = 0;
+    for (; w->entry_count && *bucketp < WAITERS_BUCKETS; (*bucketp)++)
+        for (struct wait_entry *entry = w->buckets[*bucketp]; entry; entry = entry->next)
+            if (passes(entry, block, then_ns))
+                return entry;
+    return NULL;
+}
+
+/* One without waiters has nobody to ask for it. */
+static int is_unasked(const struct wait_entry *entry, const struct ramblock *block, uint64_t then_ns)
+{
+    (void)then_ns;
+    return entry->block == block && !entry->asked && entry->waiters;
+}
+
+int waiters_next_unasked(struct waiters *w, struct ramblock *block, uint64_t now_ns, uint32_t *bucketp,
+                         uint64_t *pagep, struct remote_fd **remotep)
+{
+    pthread_mutex_lock(&w->lock);
+    struct wait_entry *entry = next_entry(w, bucketp, is_unasked, block, 0);
+    if (entry) {
+        mark_asked(entry, WAITERS_QUEUED, now_ns);
+        *pagep = entry->page;
+        *remotep = remote_fd_get(entry->waiters->remote);
+    }
+    pthread_mutex_unlock(&w->lock);
+    return entry != NULL;
+}
+
+int waiters_claim_queued(struct waiters *w, struct ramblock *block, uint64_t page)
+{
+    pthread_mutex_lock(&w->lock);
+    struct wait_entry *entry = *find(w, block, page);
+    int is_claimed = entry && entry->asked == WAITERS_QUEUED;
+    if (is_claimed)
+        entry->asked = WAITERS_ASKED;
+    pthread_mutex_unlock(&w->lock);
+    return is_claimed;
+}
+
+/* ---- what takes too long ---- */
+
+static int is_newly_late(const struct wait_entry *entry, const struct ramblock *block, uint64_t then_ns)
+{
+    (void)block;
+    return entry->asked && !entry->late && entry->waiters && entry->asked_ns <= then_ns;
+}
+
+int waiters_next_late(struct waiters *w, uint64_t then_ns, uint32_t *bucketp, struct ramblock **blockp,
+                      uint64_t *pagep)
+{
+    pthread_mutex_lock(&w->lock);
+    struct wait_entry *entry = next_entry(w, bucketp, is_newly_late, NULL, then_ns);
+    if (entry) {
+        entry->late = 1;
+        *blockp = entry->block;
+        *pagep = entry->page;
+    }
+    pthread_mutex_unlock(&w->lock);
+    return entry != NULL;
+}
+
+static int is_late_of(const struct wait_entry *entry, const struct ramblock *block, uint64_t then_ns)
+{
+    (void)then_ns;
+    return entry->block == block && entry->asked && entry->late && entry->waiters;
+}
+
+int waiters_has_late(struct waiters *w, const struct ramblock *block)
+{
+    uint32_t bucket = 0;
 
     pthread_mutex_lock(&w->lock);
-    for (; !found && *bucketp < WAITERS_BUCKETS; (*bucketp)++) {
-        for (struct wait_entry *entry = w->buckets[*bucketp]; entry && !found; entry = entry->next) {
-            if (entry->block != block || entry->asked)
-                continue;
-            entry->asked = 1;
-            *pagep = entry->page;
-            found = 1;
-        }
-        if (found)
-            break; /* there may be more in this bucket */
-    }
+    int found = next_entry(w, &bucket, is_late_of, block, 0) != NULL;
     pthread_mutex_unlock(&w->lock);
     return found;
 }
+
+void waiters_unask_late(struct waiters *w, const struct ramblock *block)
+{
+    struct wait_entry *entry;
+    uint32_t bucket = 0;
+
+    pthread_mutex_lock(&w->lock);
+    while ((entry = next_entry(w, &bucket, is_late_of, block, 0)))
+        entry->asked = WAITERS_UNASKED;
+    pthread_mutex_unlock(&w->lock);
+}
+
+/* ---- who goes ---- */
 
 /* Takes the waiters of one remote fd out of one entry. */
 static uint64_t drop_from_entry(struct wait_entry *entry, const struct remote_fd *remote, struct waiter **listp)
@@ -209,7 +306,10 @@ uint64_t waiters_drop_remote(struct waiters *w, const struct remote_fd *remote)
     for (uint32_t i = 0; i < WAITERS_BUCKETS && w->entry_count; i++) {
         struct wait_entry **entryp = &w->buckets[i];
         while (*entryp) {
-            dropped += drop_from_entry(*entryp, remote, &list);
+            uint64_t dropped_here = drop_from_entry(*entryp, remote, &list);
+            dropped += dropped_here;
+            if (dropped_here && (*entryp)->asked == WAITERS_QUEUED)
+                (*entryp)->asked = WAITERS_UNASKED; /* it may have been in its queue alone */
             if (!(*entryp)->waiters && !(*entryp)->asked)
                 unlink_entry(w, entryp);
             else

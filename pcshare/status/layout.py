@@ -24,7 +24,7 @@ STATE_SUMMARY_ORDER = (
 SEGMENT_MODE = 0o600
 SEGMENT_MODE_SHARED = 0o644
 TEXT_READ_TRIES_MAX = 64  # a text that is still being written then comes from a writer that stopped in the middle
-BITMAP_EAGER_BYTES = 1 << 20  # reserved whole: a block of up to 32 GiB in 4 KiB pages
+BITMAP_EAGER_BYTES = int(lib.STATUS_BITMAP_EAGER_BYTES)  # reserved whole
 PAGES_A_BITMAP_PAGE = mmap.PAGESIZE * 8
 
 HEADER_BYTES: int = ffi.sizeof("struct status_header")

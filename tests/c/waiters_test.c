@@ -50,6 +50,17 @@ static int add(uint64_t page, int remote, uint32_t tid)
     return waiters_add(&waiters, &block, page, remotes[remote], tid, 1000 + page, 1);
 }
 
+/* Whom it is queued for is looked at by one case alone. */
+static int next_unasked(struct ramblock *of, uint32_t *bucketp, uint64_t *pagep)
+{
+    struct remote_fd *remote;
+
+    if (!waiters_next_unasked(&waiters, of, 1, bucketp, pagep, &remote))
+        return 0;
+    remote_fd_put(remote);
+    return 1;
+}
+
 static int length(const struct waiter *list)
 {
     int n = 0;
@@ -150,16 +161,16 @@ static void each_unasked_page_is_found_once(void)
     }
     CHECK(waiters_add(&waiters, &other, 1, remotes[1], 1, 0, 1) == WAITERS_ASK);
     waiters_unask(&waiters, &other, 1);
-    while (waiters_next_unasked(&waiters, &block, &bucket, &page)) {
+    while (next_unasked(&block, &bucket, &page)) {
         CHECK(page % 3 && !found[page]);
         found[page] = 1;
         n++;
     }
     CHECK(n == PAGES - (PAGES + 2) / 3);
     bucket = 0;
-    CHECK(!waiters_next_unasked(&waiters, &block, &bucket, &page));
+    CHECK(!next_unasked(&block, &bucket, &page));
     bucket = 0;
-    CHECK(waiters_next_unasked(&waiters, &other, &bucket, &page) && page == 1);
+    CHECK(next_unasked(&other, &bucket, &page) && page == 1);
 }
 
 static void who_waits_without_asking_leaves_the_page_unasked(void)
@@ -169,16 +180,85 @@ static void who_waits_without_asking_leaves_the_page_unasked(void)
 
     CHECK(waiters_add(&waiters, &block, 5, remotes[0], 1, 0, 0) == WAITERS_ASK);
     CHECK(waiters_add(&waiters, &block, 5, remotes[1], 2, 0, 0) == WAITERS_ASK);
-    CHECK(waiters_next_unasked(&waiters, &block, &bucket, &page) && page == 5);
+    CHECK(next_unasked(&block, &bucket, &page) && page == 5);
     bucket = 0;
-    CHECK(!waiters_next_unasked(&waiters, &block, &bucket, &page));
+    CHECK(!next_unasked(&block, &bucket, &page));
     CHECK(add(5, 0, 3) == WAITERS_JOINED); /* it was asked for when it was found */
     CHECK(waiters_add(&waiters, &block, 6, remotes[0], 1, 0, 0) == WAITERS_ASK);
     CHECK(add(6, 1, 2) == WAITERS_ASK);
     CHECK(waiters_add(&waiters, &block, 6, remotes[0], 4, 0, 0) == WAITERS_JOINED); /* nor does it take that back */
     bucket = 0;
-    CHECK(!waiters_next_unasked(&waiters, &block, &bucket, &page));
+    CHECK(!next_unasked(&block, &bucket, &page));
     CHECK(take(0, PAGES) == 6);
+}
+
+static int queue_page(uint64_t page, int remote, uint32_t tid, uint64_t now_ns)
+{
+    return waiters_add(&waiters, &block, page, remotes[remote], tid, now_ns, WAITERS_QUEUED);
+}
+
+static void page_in_the_queue_of_one_is_asked_for_by_the_next(void)
+{
+    CHECK(queue_page(5, 0, 1, 0) == WAITERS_ASK);
+    CHECK(queue_page(5, 0, 2, 0) == WAITERS_JOINED); /* in its own queue it is already */
+    CHECK(queue_page(5, 1, 3, 0) == WAITERS_ASK);
+    CHECK(queue_page(6, 0, 1, 0) == WAITERS_ASK);
+    CHECK(add(6, 1, 3) == WAITERS_ASK);
+    CHECK(queue_page(6, 0, 4, 0) == WAITERS_JOINED);
+    CHECK(!waiters_claim_queued(&waiters, &block, 6)); /* the other has asked */
+    CHECK(waiters_claim_queued(&waiters, &block, 5));
+    CHECK(!waiters_claim_queued(&waiters, &block, 5));
+    CHECK(queue_page(5, 0, 7, 0) == WAITERS_JOINED);
+    CHECK(take(0, PAGES) == 7);
+    CHECK(!waiters_claim_queued(&waiters, &block, 5));
+}
+
+static void queue_that_goes_leaves_its_pages_to_who_else_waits(void)
+{
+    struct remote_fd *remote;
+    uint32_t bucket = 0;
+    uint64_t page;
+
+    add(5, 1, 1);
+    add(5, 0, 2);
+    waiters_unask(&waiters, &block, 5);
+    CHECK(waiters_next_unasked(&waiters, &block, 1, &bucket, &page, &remote) && page == 5);
+    CHECK(remote == remotes[0] || remote == remotes[1]);
+    CHECK(waiters_drop_remote(&waiters, remote) == 1);
+    CHECK(!waiters_claim_queued(&waiters, &block, 5));
+    struct remote_fd *other_one = remotes[remote == remotes[0]];
+    remote_fd_put(remote);
+    bucket = 0;
+    CHECK(waiters_next_unasked(&waiters, &block, 1, &bucket, &page, &remote) && remote == other_one);
+    remote_fd_put(remote);
+    CHECK(waiters_claim_queued(&waiters, &block, 5));
+    CHECK(take(5, 1) == 1);
+}
+
+static void page_is_late_once_until_it_is_asked_for_again(void)
+{
+    struct ramblock *late_block;
+    uint32_t bucket = 0;
+    uint64_t page;
+
+    waiters_add(&waiters, &block, 5, remotes[0], 1, 100, WAITERS_ASKED);
+    queue_page(6, 0, 2, 150);
+    waiters_add(&waiters, &block, 7, remotes[0], 3, 100, WAITERS_UNASKED); /* somebody is placing it */
+    CHECK(!waiters_next_late(&waiters, 99, &bucket, &late_block, &page));
+    CHECK(!waiters_has_late(&waiters, &block));
+    bucket = 0;
+    CHECK(waiters_next_late(&waiters, 149, &bucket, &late_block, &page) && page == 5 && late_block == &block);
+    CHECK(!waiters_next_late(&waiters, 149, &bucket, &late_block, &page));
+    CHECK(waiters_has_late(&waiters, &block) && !waiters_has_late(&waiters, &other));
+    CHECK(waiters_claim_queued(&waiters, &block, 6)); /* the time in the queue counts */
+    bucket = 0;
+    CHECK(waiters_next_late(&waiters, 150, &bucket, &late_block, &page) && page == 6);
+    waiters_unask_late(&waiters, &block);
+    CHECK(!waiters_has_late(&waiters, &block));
+    CHECK(waiters_add(&waiters, &block, 5, remotes[1], 9, 200, WAITERS_ASKED) == WAITERS_ASK);
+    bucket = 0;
+    CHECK(!waiters_next_late(&waiters, 199, &bucket, &late_block, &page));
+    CHECK(take(5, 1) == 2 && take(6, 2) == 2);
 }
 
 static void unasked_page_that_nobody_waits_for_is_forgotten(void)
@@ -265,6 +345,9 @@ static const struct {
     {"each_unasked_page_is_found_once", each_unasked_page_is_found_once},
     {"who_waits_without_asking_leaves_the_page_unasked", who_waits_without_asking_leaves_the_page_unasked},
     {"unasked_page_that_nobody_waits_for_is_forgotten", unasked_page_that_nobody_waits_for_is_forgotten},
+    {"page_in_the_queue_of_one_is_asked_for_by_the_next", page_in_the_queue_of_one_is_asked_for_by_the_next},
+    {"queue_that_goes_leaves_its_pages_to_who_else_waits", queue_that_goes_leaves_its_pages_to_who_else_waits},
+    {"page_is_late_once_until_it_is_asked_for_again", page_is_late_once_until_it_is_asked_for_again},
     {"remote_fd_that_goes_is_forgotten_and_no_other", remote_fd_that_goes_is_forgotten_and_no_other},
     {"block_that_goes_is_forgotten_and_no_other", block_that_goes_is_forgotten_and_no_other},
     {"nobody_is_lost_between_threads", nobody_is_lost_between_threads},

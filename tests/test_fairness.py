@@ -1,0 +1,193 @@
+"""P4: one helper that wants much does not keep others waiting: pages of faults, and ranges.
+
+The source takes so long for each page, one after the other, that times say what stood before what, whatever else this
+machine does. How much a flood of faults from the page cache disturbs is measured by scripts/bench-fairness.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+
+from pcshare.fault_thread import REQUESTS_IN_FLIGHT_MAX
+from pcshare.protocol import AdminOp
+from support import wait_until
+from support_nbd import nbdkit
+from support_serving import LAZY, PAGE, HelperProcess, Serving, make_file, page_of, serving
+
+N_PAGES = 4000
+PAGE_S = 0.02  # what the source takes for a page
+SHARE = 8  # pages of one helper at a file, PAGE_CHANNEL_DEMANDS_OF_ONE
+FLOOD = 64
+SLACK_PAGES = 4
+TOUCHES = 8
+THREADS_OF_A_HELPER = 1000
+RATE_OF_RANGES = 8 << 20  # bytes a second
+
+
+@pytest.fixture
+def data_file(tmp_path: Path, rng: random.Random) -> Path:
+    return make_file(tmp_path, rng, N_PAGES * PAGE)
+
+
+@pytest.fixture
+def serial(data_file: Path) -> str:
+    """One page after the other, those of faults in the order in which they are asked for."""
+    return f"data={data_file}#rate={round(PAGE / PAGE_S)}"
+
+
+def attached(served: Serving) -> HelperProcess:
+    helper = served.helper()
+    helper.do("b = attach()")
+    return helper
+
+
+def flood(helper: HelperProcess, n_threads: int) -> None:
+    """Threads that fault as fast as they are answered, each its own pages."""
+    helper.do(
+        "import threading\n"
+        f"def touch(first):\n"
+        f"    for page in range(first, {N_PAGES // 2}, {n_threads}): read(b, page * {PAGE})\n"
+        f"for i in range({n_threads}): threading.Thread(target=touch, args=(i,), daemon=True).start()"
+    )
+
+
+def touch_s(helper: HelperProcess, page: int) -> float:
+    """How long a touch takes."""
+    return float(
+        helper.do(f"import time; start = time.monotonic(); read(b, {page * PAGE}, 9); time.monotonic() - start")
+    )
+
+
+def test_page_waits_behind_a_share_of_another_helpers_flood(runtime_dir: Path, serial: str) -> None:
+    """Not behind all that it waits for; also a page that is in the flood's own queue."""
+    with serving(serial, stream_mode=LAZY) as served:
+        flooder, other = attached(served), attached(served)
+        flood(flooder, FLOOD)
+        served.wait_for_waiting(FLOOD, flooder.pid)
+        took_s = [touch_s(other, N_PAGES - 1 - number) for number in range(TOUCHES)]
+        assert served.waiting(flooder.pid) == FLOOD
+        assert statistics.median(took_s) < (SHARE + SLACK_PAGES) * PAGE_S
+        received = served.block().received_pages
+        queued = received + FLOOD - 2  # asked for long after those before it
+        assert touch_s(other, queued) < (SHARE + SLACK_PAGES) * PAGE_S
+
+
+def test_every_thread_of_a_flood_is_served_right(runtime_dir: Path, data_file: Path) -> None:
+    """P1, P3: queues lose nobody, whether the answers come from a file's readers or from a server."""
+    content = data_file.read_bytes()
+    with serving(f"data={data_file}#delay=2ms", stream_mode=LAZY) as served:
+        helper = attached(served)
+        found = [helper.start(f"read(b, {7 * number * PAGE}, {PAGE})") for number in range(300)]
+        assert [one.result() for one in found] == [page_of(content, 7 * number) for number in range(300)]
+        assert (served.block().demand_pages, served.waiting()) == (300, 0)
+
+
+def test_every_thread_of_a_flood_over_nbd_is_served_right(tmp_path: Path, runtime_dir: Path, data_file: Path) -> None:
+    content = data_file.read_bytes()
+    with (
+        nbdkit(tmp_path, "--filter=delay", "file", data_file, "rdelay=2ms", tcp=True) as server,
+        serving(f"data={server.uri()}", stream_mode=LAZY) as served,
+    ):
+        helpers = [attached(served) for _ in range(2)]
+        found = [
+            (number, helper.start(f"read(b, {7 * number * PAGE}, {PAGE})"))
+            for number in range(200)
+            for helper in helpers
+        ]
+        for number, pending in found:
+            assert pending.result() == page_of(content, 7 * number)
+        assert (served.block().demand_pages, served.waiting()) == (200, 0)
+
+
+def test_who_waits_for_a_page_in_the_queue_of_one_that_dies_gets_it(
+    runtime_dir: Path, tmp_path: Path, data_file: Path
+) -> None:
+    """P3, P4: also after a pause, when all that is waited for is queued anew."""
+    broken = tmp_path / "broken"
+    broken.touch()
+    content = data_file.read_bytes()
+    with serving(f"data={data_file}#delay=20ms&error=EIO@{broken}", stream_mode=LAZY) as served:
+        other, flooder = attached(served), attached(served)
+        pages = range(2 * FLOOD)
+        theirs = [other.start(f"read(b, {page * PAGE}, {PAGE})") for page in pages]
+        served.wait_for_waiting(len(pages), other.pid)
+        for page in pages:
+            flooder.start(f"read(b, {page * PAGE})")
+        served.wait_for_waiting(len(pages), flooder.pid)
+        served.wait_for_state("PAUSED")
+        broken.unlink()
+        served.order(AdminOp.RESUME)
+        flooder.kill()
+        assert [one.result() for one in theirs] == [page_of(content, page) for page in pages]
+        wait_until(lambda: served.waiting() == 0, "nobody to wait")
+
+
+def test_resume_is_fair_too(runtime_dir: Path, tmp_path: Path, data_file: Path) -> None:
+    """Whoever waited for few pages while a source was broken does not wait behind all of another's."""
+    broken = tmp_path / "broken"
+    broken.touch()
+    source = f"data={data_file}#rate={round(PAGE / PAGE_S)}&error=EIO@{broken}"
+    with serving(source, stream_mode=LAZY) as served:
+        flooder, other = attached(served), attached(served)
+        for page in range(FLOOD):
+            flooder.start(f"read(b, {page * PAGE})")
+        served.wait_for_waiting(FLOOD, flooder.pid)
+        pending = other.start(f"read(b, {1000 * PAGE})")
+        served.wait_for_waiting(1, other.pid)
+        wait_until(lambda: served.block().state == "PAUSED", "the pause")
+        time.sleep(2 * FLOOD * PAGE_S)  # what was asked before has failed by now
+        broken.unlink()
+        served.order(AdminOp.RESUME)
+        begin = time.monotonic()
+        pending.result()
+        assert time.monotonic() - begin < FLOOD * PAGE_S * 3 / 4
+        assert served.waiting(flooder.pid) > 0
+
+
+def test_small_range_does_not_wait_for_a_large_one(runtime_dir: Path, data_file: Path) -> None:
+    """Helpers take turns, piece by piece."""
+    with serving(f"data={data_file}#rate={RATE_OF_RANGES}", stream_mode=LAZY) as served:
+        greedy, modest = attached(served), attached(served)
+        all_of_it = greedy.start("b.ensure()")
+        wait_until(lambda: served.block().received_pages > 0, "the first piece", 60)
+        modest.do(f"b.ensure(slice({(N_PAGES - 5) * PAGE}, None), timeout_s=25)")
+        assert served.block().received_pages < N_PAGES // 2
+        assert not all_of_it.is_done()
+
+
+# ---- limits of one helper ----
+
+
+def test_who_is_over_a_limit_is_told_which(runtime_dir: Path, data_file: Path) -> None:
+    """Its value, its name, and what to do; and it alone is cut off."""
+    with serving(f"data={data_file}#delay=5s", stream_mode=LAZY) as served:
+        rude, other = served.helper(), attached(served)
+        rude.do(
+            "from pcshare import protocol\n"
+            "h = hand_over('ack')\n"
+            f"for i in range({REQUESTS_IN_FLIGHT_MAX} + 1):\n"
+            "    h.connection.send(protocol.pack_request(i * 4096, 4096, 1))"
+        )
+        told = rude.do("said = h.connection.receive(20.0)[0]; protocol.parse(said, 0).text")
+        assert f"more than {REQUESTS_IN_FLIGHT_MAX} ranges at once" in told
+        assert "FAULT_REQUESTS_IN_FLIGHT_MAX" in told
+        assert [one.state for one in served.helpers(other.pid)] == ["attached"]
+
+
+def test_nobody_is_cut_off_for_its_thousand_threads(runtime_dir: Path, data_file: Path) -> None:
+    """They wait in its own queue, and all are served."""
+    with serving(f"data={data_file}#delay=1ms", stream_mode=LAZY) as served:
+        helper = attached(served)
+        helper.do(
+            "import threading; threading.stack_size(65536)\n"
+            f"pages = range(0, 3 * {THREADS_OF_A_HELPER}, 3)\n"
+            f"threads = [threading.Thread(target=read, args=(b, page * {PAGE})) for page in pages]\n"
+            "for thread in threads: thread.start()\n"
+            "for thread in threads: thread.join()"
+        )
+        assert (served.block().demand_pages, served.waiting()) == (THREADS_OF_A_HELPER, 0)
