@@ -24,12 +24,18 @@ STATE_SUMMARY_ORDER = (
 SEGMENT_MODE = 0o600
 SEGMENT_MODE_SHARED = 0o644
 TEXT_READ_TRIES_MAX = 64  # a text that is still being written then comes from a writer that stopped in the middle
+BITMAP_BYTES_MAX = 1 << 30  # read at most: of a block of 32 TiB in 4 KiB pages. A sparse file says any size
 BITMAP_EAGER_BYTES = 1 << 20  # reserved whole: a block of up to 32 GiB in 4 KiB pages
 PAGES_A_BITMAP_PAGE = mmap.PAGESIZE * 8
 
 HEADER_BYTES: int = ffi.sizeof("struct status_header")
 BLOCK_BYTES: int = ffi.sizeof("struct status_block")
 HELPER_BYTES: int = ffi.sizeof("struct status_helper")
+
+
+def named(names: tuple[str, ...], value: int) -> str:
+    """The word for a number in the segment; a number that has none stands for itself."""
+    return names[value] if value < len(names) else str(value)
 
 
 def page_up(n_bytes: int) -> int:
