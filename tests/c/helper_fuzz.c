@@ -177,7 +177,7 @@ static void put_done(struct message *message)
     struct wire_done done = {.header = header_of(WIRE_DONE, sizeof(done))};
 
     done.header.cookie = 1 + (uint32_t)(one_in(4) ? random_below(3) : 0); /* the first REQUEST's is 1 */
-    done.status = one_in(2) ? 0 : one_in(2) ? -EIO : -(int32_t)random_below(200);
+    done.status = one_in(2) ? 0 : one_in(2) ? -EIO : (int32_t)random_below(400) - 350;
     done.offset = random_below(PAGES * PAGE);
     done.length = PAGE;
     message->length = sizeof(done);
