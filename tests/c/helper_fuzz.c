@@ -652,30 +652,69 @@ struct outcome {
     int ensure_rc;
 };
 
+/* The helper's one REQUEST: under which cookie it was sent last, and which is the oldest that an answer may have. */
+struct second_request {
+    uint32_t cookie;
+    uint32_t cookie_first;
+    int in_flight;
+    int is_answered;
+};
+
+/* Whether the conversation goes on. */
+static int second_done(struct outcome *outcome, struct second_request *request, const struct wire_done *done)
+{
+    if ((int32_t)(done->header.cookie - request->cookie_first) < 0)
+        return 1; /* asked of another coordinator */
+    if (request->in_flight == 0 || done->status > 0 || done->status < -ERRNO_MAX)
+        return 0;
+    request->in_flight--;
+    if (!request->is_answered && done->header.cookie == request->cookie) {
+        outcome->ensure_rc = done->status;
+        request->is_answered = 1;
+    }
+    return 1;
+}
+
+/* Another coordinator serves: what is not answered is asked of it. */
+static int second_takeover(struct outcome *outcome, struct second_request *request, const struct wire_ack *ack)
+{
+    if (ack->flags & WIRE_WELCOME_COMPLETE) {
+        outcome->state = PCSHARE_COMPLETE;
+        return 0;
+    }
+    request->cookie_first = request->cookie + 1;
+    request->in_flight = !request->is_answered;
+    request->cookie += !request->is_answered;
+    return 1;
+}
+
 /* The messages after ATTACH has been answered, with one REQUEST under way. */
 static void second_life(struct outcome *outcome, const struct script *script)
 {
-    int in_flight = 1, is_answered = 0;
+    struct second_request request = {.cookie = 1, .in_flight = 1};
+    int goes_on = 1;
 
     outcome->state = PCSHARE_LOST; /* after the orphan timeout, unless something else comes first */
-    for (uint32_t i = script->n_first; i < script->n; i++) {
-        const struct message *message = &script->messages[i];
-        struct wire_done done;
+    for (uint32_t i = script->n_first; i < script->n && goes_on; i++) {
+        union {
+            struct wire_header header;
+            struct wire_done done;
+            struct wire_ack ack;
+        } message;
 
-        if (second_receive(message) < 0)
+        if (second_receive(&script->messages[i]) < 0)
             break;
-        memcpy(&done, message->bytes, sizeof(done));
-        if (done.header.type == WIRE_END)
+        memcpy(&message, script->messages[i].bytes, sizeof(message));
+        if (message.header.type == WIRE_DONE)
+            goes_on = second_done(outcome, &request, &message.done);
+        else if (message.header.type == WIRE_ACK)
+            goes_on = second_takeover(outcome, &request, &message.ack);
+        else
+            goes_on = 0;
+        if (message.header.type == WIRE_END)
             outcome->state = PCSHARE_COMPLETE;
-        if (done.header.type != WIRE_DONE || in_flight == 0 || done.status > 0 || done.status < -ERRNO_MAX)
-            break;
-        in_flight--;
-        if (done.header.cookie == 1) {
-            outcome->ensure_rc = done.status;
-            is_answered = 1;
-        }
     }
-    if (!is_answered)
+    if (!request.is_answered)
         outcome->ensure_rc = outcome->state == PCSHARE_COMPLETE ? 0 : -ECONNRESET;
 }
 
