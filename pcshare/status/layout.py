@@ -24,7 +24,7 @@ STATE_SUMMARY_ORDER = (
 SEGMENT_MODE = 0o600
 SEGMENT_MODE_SHARED = 0o644
 TEXT_READ_TRIES_MAX = 64  # a text that is still being written then comes from a writer that stopped in the middle
-BITMAP_BYTES_MAX = 1 << 30  # read at most: of a block of 32 TiB in 4 KiB pages. A sparse file says any size
+BITMAP_BYTES_MAX = 2 << 30  # of the largest block, 64 TiB in 4 KiB pages; a sparse file may say any size
 BITMAP_EAGER_BYTES = 1 << 20  # reserved whole: a block of up to 32 GiB in 4 KiB pages
 PAGES_A_BITMAP_PAGE = mmap.PAGESIZE * 8
 
