@@ -37,6 +37,9 @@ from pcshare.protocol import AdminOp, Map, Mode, Welcome
 from pcshare.sources import grammar
 from pcshare.status import StatusReader, blocktime_quantile
 from support import IN_CI
+from support_coordinator import coordinator
+from support_hand_over import hand_over
+from support_serving import make_file
 from support_status_fuzz import (
     BLOCKS_OFFSET,
     LARGE_BYTES,
@@ -49,6 +52,7 @@ from support_status_fuzz import (
 
 COUNTS = {"control": 20_000, "helper": 10_000, "status": 20_000, "nbd": 10_000}  # incoming has a test of its own
 SEGMENTS = 1000
+HAND_OVERS, HAND_OVER_LENGTH = 1000, 16 * 4096
 EXAMPLES = 400 if IN_CI else 150
 
 FUZZ = settings(
@@ -69,6 +73,26 @@ def test_mutated_input_comes_to_the_same_end_as_in_a_second_reading(name: str, t
     ran = support_fuzz.run(support_fuzz.build(name, tmp_path), COUNTS[name] if IN_CI else COUNTS[name] // 4, seed)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert " mutated " in ran.stdout
+
+
+# -- hand-overs, to a coordinator that runs
+
+
+def test_mutated_hand_overs_disturb_nobody(runtime_dir: Path, tmp_path: Path, rng: random.Random) -> None:
+    """P4, P7."""
+    path = make_file(tmp_path, rng, HAND_OVER_LENGTH)
+    with coordinator(f"data={path}", options=["--stream=lazy"]) as served:
+        assert hand_over(served.socket, rng, 20, HAND_OVER_LENGTH)  # what is opened at first stays open
+        before = served.held()
+        outcomes = hand_over(served.socket, rng, HAND_OVERS, HAND_OVER_LENGTH)
+        assert outcomes.total() == HAND_OVERS
+        assert min(outcomes["attached"], outcomes["refused"], outcomes["hung up"]) > HAND_OVERS // 100, outcomes
+        served.wait_until_alone(before)
+        with path.open("rb") as file:
+            content = file.read()
+        with attach(socket=served.socket) as block:
+            block.ensure()
+            assert bytes(block) == content
 
 
 # -- status segments
