@@ -89,6 +89,7 @@ def attach(
     if mode not in _MODES:
         raise UsageError(f"mode {mode!r}: it is 'ro', 'rw' or 'cow'")
     path = _SocketPath(name, socket)
+    idstr = _encoded(block or "", "block's name")
     deadline, pause_s = time.monotonic() + timeout_s, RETRY_S
     waits_for = ""  # what the coordinator said last; the last try may have no time left for an answer
     while True:
@@ -96,7 +97,7 @@ def attach(
         found = path.find()
         rc, attached = -errno.ENOENT, None
         if found is not None:
-            rc, attached = _attach_once(found, block or "", _MODES[mode], left_ms)
+            rc, attached = _attach_once(found, idstr, _MODES[mode], left_ms)
         if attached is not None:
             return attached
         if rc == -errno.EAGAIN:
@@ -109,6 +110,17 @@ def attach(
             raise _waited_in_vain(rc, path, timeout_s)
         time.sleep(min(pause_s, max(0.0, deadline - time.monotonic())))  # also where a signal's handler runs
         pause_s = min(2 * pause_s, RETRY_MAX_S) if rc == -errno.EAGAIN else RETRY_S
+
+
+def _encoded(text: str, what: str) -> bytes:
+    """For C, where a NUL would end it."""
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise UsageError(f"not a {what}: {text!r}")
+    return encoded
 
 
 def _waited_in_vain(rc: int, path: _SocketPath, timeout_s: float) -> PcshareError:
@@ -141,6 +153,9 @@ class _SocketPath:
                 hint=f"name a coordinator, or run the program under `pcshare run`, which sets {SOCKET_VARIABLE}",
             )
 
+        if self._socket is not None:
+            _encoded(self._socket, "path of a socket")
+
     def find(self) -> str | None:
         if self._socket is not None:
             return self._socket
@@ -156,10 +171,10 @@ def _error_text() -> str:
     return str(ffi.string(lib.pcshare_error_text()).decode(errors="replace"))
 
 
-def _attach_once(socket: str, idstr: str, mode: int, timeout_ms: int) -> tuple[int, Block | None]:
+def _attach_once(socket: str, idstr: bytes, mode: int, timeout_ms: int) -> tuple[int, Block | None]:
     """One try: the core's answer and, where that is 0, the block. First its size, to have a place ready for it."""
     info = ffi.new("struct pcshare_info *")
-    rc = lib.pcshare_peek(info, socket.encode(), idstr.encode(), mode, timeout_ms)
+    rc = lib.pcshare_peek(info, os.fsencode(socket), idstr, mode, timeout_ms)
     if rc < 0:
         return rc, None
     place = Block(info, socket)
@@ -181,7 +196,7 @@ class Progress:
     @property
     def fraction(self) -> float:
         """0.0 to 1.0; holes of the source count as here."""
-        return (self.received_pages + self.hole_pages) / self.page_count
+        return (self.received_pages + self.hole_pages) / self.page_count if self.page_count else 1.0
 
     def __float__(self) -> float:
         return self.fraction
@@ -234,7 +249,7 @@ class Block(mmap.mmap):
             address = int(ffi.cast("uintptr_t", here))
         rc = lib.pcshare_attach(
             attachment,
-            self._socket.encode(),
+            os.fsencode(self._socket),
             bytes(ffi.string(info.idstr)),
             info.mode,
             timeout_ms,
@@ -255,7 +270,7 @@ class Block(mmap.mmap):
     @property
     def idstr(self) -> str:
         """The block's name."""
-        return str(ffi.string(self._info.idstr).decode())
+        return str(ffi.string(self._info.idstr).decode(errors="replace"))
 
     @property
     def mode(self) -> str:
@@ -303,13 +318,9 @@ class Block(mmap.mmap):
         info = self._info
         if not info.has_array:
             return np.frombuffer(self, dtype=np.uint8)
-        text = str(ffi.string(info.dtype).decode())
-        described: Any = ast.literal_eval(text) if text[:1] in "[(" else text
-        dtype: Any = np.lib.format.descr_to_dtype(described)
-        order: Any = "F" if info.fortran else "C"
         # By way of frombuffer, which locks the mapping against close(): from a memoryview numpy keeps only its base.
         whole = np.frombuffer(self, dtype=np.uint8)
-        return np.ndarray(self.shape, dtype, whole, info.data_offset, order=order)
+        return _array_on(whole, bytes(ffi.string(info.dtype)), self.shape, info.data_offset, bool(info.fortran))
 
     def _range(self, part: slice | None) -> tuple[int, int]:
         """(offset, length) in bytes."""
@@ -360,7 +371,7 @@ class Block(mmap.mmap):
         return self._progress()[0]
 
     def _progress(self) -> tuple[Progress, int]:
-        from pcshare.status import STATE_NAMES, STREAM_NAMES
+        from pcshare.status import STATE_NAMES, STREAM_NAMES, named
 
         now = ffi.new("struct pcshare_progress *")
         lib.pcshare_get_progress(self._living(), now)
@@ -369,8 +380,8 @@ class Block(mmap.mmap):
             now.hole_pages,
             now.lost_pages,
             now.page_count,
-            STATE_NAMES[now.state],
-            STREAM_NAMES[now.stream_mode],
+            named(STATE_NAMES, now.state),
+            named(STREAM_NAMES, now.stream_mode),
         )
         return progress, now.seq
 
@@ -471,6 +482,30 @@ class Block(mmap.mmap):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_NO_ARRAY = (ArithmeticError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError)
+
+
+def _array_on(
+    whole: np.ndarray[Any, Any], described: bytes, shape: tuple[int, ...], offset: int, is_fortran: bool
+) -> np.ndarray[Any, Any]:
+    """The array that a coordinator says lies in these bytes. PcshareError: there can be none."""
+    import numpy as np
+
+    order: Any = "F" if is_fortran else "C"
+    try:
+        text: Any = described.decode()
+        dtype: Any = np.lib.format.descr_to_dtype(ast.literal_eval(text) if text[:1] in ("[", "(") else text)
+        if dtype.hasobject:
+            raise ValueError("its bytes would be taken for addresses of objects")
+        return np.ndarray(shape, dtype, whole, offset, order=order)
+    except _NO_ARRAY as error:
+        raise PcshareError(
+            f"no array of shape {shape} and type {described[:80]!r} fits the block: {error}",
+            errno=errno.EPROTO,
+            hint="memoryview(block) has its bytes",
+        ) from None
 
 
 def _left_ms(deadline: float | None) -> int:

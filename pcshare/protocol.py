@@ -290,8 +290,19 @@ def _pack(kind: int, **fields: Any) -> bytes:
     return bytes(ffi.buffer(message))
 
 
+def cut_text(text: str, size: int) -> bytes:
+    """For a field of so many bytes, its NUL included: what does not fit is cut, it is for people. A name of a file may
+    hold what is no UTF-8: that is written out."""
+    return text.encode(errors="backslashreplace")[: size - 1].decode(errors="ignore").encode()
+
+
 def _fit(text: str, size: int, what: str) -> bytes:
-    encoded = text.encode()
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError:
+        raise LocalProtocolError(f"{what} that is no UTF-8: {text!r}") from None
+    if b"\0" in encoded:
+        raise LocalProtocolError(f"{what} with a NUL in it: {text!r}")
     if len(encoded) >= size:
         raise LocalProtocolError(f"{what} of {len(encoded)} bytes: at most {size - 1} fit")
     return encoded
@@ -357,8 +368,7 @@ def pack_bye() -> bytes:
 
 def pack_error(error: int, text: str) -> bytes:
     """A text that does not fit is cut: it is for people."""
-    cut = text.encode()[: lib.WIRE_TEXT_MAX - 1].decode(errors="ignore").encode()
-    return _pack(lib.WIRE_ERROR, error=error, version_max=VERSION, text=cut)
+    return _pack(lib.WIRE_ERROR, error=error, version_max=VERSION, text=cut_text(text, lib.WIRE_TEXT_MAX))
 
 
 def pack_admin(op: AdminOp, argument: int = 0) -> bytes:

@@ -14,7 +14,8 @@ SIZE_MAX = (1 << 63) - 1  # what an off_t holds
 DURATION_S_MAX = 366 * 86400  # a year: far beyond any time limit, far below any overflow
 
 _MULTIPLES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+# Digits are limited: Python refuses to read thousands of them with an error of its own.
+_SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
 _SECONDS = {
     "": Fraction(1),
     "ns": Fraction(1, 10**9),
@@ -25,7 +26,7 @@ _SECONDS = {
     "min": Fraction(60),
     "h": Fraction(3600),
 }
-_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z\u00b5]*)")
+_DURATION = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([a-z\u00b5]*)")
 
 
 def parse_size(text: str | int) -> int:

@@ -558,7 +558,10 @@ def test_helpers_come_and_go_while_faults_run(runtime_dir: Path, tmp_path: Path,
             if rounds < len(killed):
                 killed[rounds].do("b = attach()")
                 killed[rounds].start("[b[p] for p in range(0, 3000 * 4096, 4096)]")
-                wait_until(lambda: served.helpers(killed[rounds].pid)[0].faults > 0, "a fault of the next victim")  # noqa: B023
+                wait_until(
+                    lambda: all(helper.faults for helper in served.helpers(killed[rounds].pid)),  # noqa: B023
+                    "a fault of the next victim, if the block was not complete before it came",
+                )
                 killed[rounds].kill()
             rounds += 1
         assert pending.result() == []

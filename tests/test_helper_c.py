@@ -264,6 +264,18 @@ def test_lost_range_is_told(make: Make) -> None:
     assert text.startswith("4096 8192 block data: the source lost 8192 bytes from 4096 on")
 
 
+def test_an_answer_with_no_errno_in_it_ends_the_conversation_not_the_request(make: Make) -> None:
+    coordinator, helper = make()
+    helper.attach()
+    coordinator.do("hold")
+    tag = helper.start(f"ensure 0 4096 8192 {ECHO_MS}")
+    coordinator.event("request")
+    coordinator.do("lose 4096")  # the kernel's errnos end at 4095
+    assert coordinator.event("request").split()[2:4] == ["4096", "8192"], "it is asked again, after attaching again"
+    coordinator.do("place 0 16")
+    assert refusal(helper.result(tag))[0] == 0
+
+
 def test_requests_in_flight_are_limited_and_the_others_wait_their_turn(make: Make) -> None:
     coordinator, helper = make(pages=128)
     helper.attach()
@@ -622,6 +634,7 @@ LIES = {
     "endless": (71, "no end"),
     "features": (22, "lacks features"),
     "refuse-hello": (1, "uid 7 may not attach; start the coordinator with --allow-uid 7"),
+    "refuse-silently": (1, "the coordinator refuses: Operation not permitted"),
     "refuse-version": (93, "this coordinator speaks version 2 only"),
     "refuse-attach": (16, "too many helpers"),
     "ack-version": (93, "install the same pcshare"),

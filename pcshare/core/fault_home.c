@@ -79,13 +79,14 @@ void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_
 {
     uint32_t faults = __atomic_fetch_add(&remote->home_faults, 1, __ATOMIC_RELAXED);
     uint64_t now_ns = clock_ns();
-    int due = faults % HOME_LOOK_FAULTS == 0 || now_ns - remote->home_look_ns > HOME_LOOK_NS;
+    int due = faults % HOME_LOOK_FAULTS == 0 ||
+              now_ns - __atomic_load_n(&remote->home_look_ns, __ATOMIC_RELAXED) > HOME_LOOK_NS;
 
     if (!due || !remote->status || __atomic_exchange_n(&remote->home_moves, 1, __ATOMIC_ACQUIRE))
         return;
     int32_t home = tid ? home_for(ft, remote, tid, cpu_of(remote->status->pid, tid)) : HOME_ANYWHERE;
     remote->home_tid = tid;
-    remote->home_look_ns = now_ns;
+    __atomic_store_n(&remote->home_look_ns, now_ns, __ATOMIC_RELAXED);
     if (home != remote->home_cpu)
         move_home(ft, remote, home);
     __atomic_store_n(&remote->home_moves, 0, __ATOMIC_RELEASE);

@@ -200,10 +200,10 @@ int fault_threads_add_block(struct fault_threads *ft, struct ramblock *block, st
         return rc;
     }
     trace_point(TRACE_BLOCK_ADD, block->index, 0, 0, block->page_count);
-    if (block->missing_pages == 0) { /* nothing but holes and what it held before */
-        served->complete = 1;
+    /* Nothing but holes and what it held before, or it all came meanwhile: told once. */
+    if (__atomic_load_n(&block->missing_pages, __ATOMIC_ACQUIRE) == 0 &&
+        !__atomic_exchange_n(&served->complete, 1, __ATOMIC_ACQ_REL))
         tell_block(ft, served, EVENT_BLOCK_COMPLETE, 0, 0);
-    }
     stream_poke(ft);
     return 0;
 }
@@ -233,7 +233,7 @@ int fault_threads_remove_block(struct fault_threads *ft, uint32_t block_index)
         page_channel_free(served->channel);
     stream_drop_block(ft, served->block);
     waiters_drop_block(&ft->waiters, served->block);
-    ft->blocks[block_index] = NULL;
+    __atomic_store_n(&ft->blocks[block_index], NULL, __ATOMIC_RELEASE);
     wait_for_workers(ft);
     stream_wait_submitted(ft);
     ramblock_free(served->block);

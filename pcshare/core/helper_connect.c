@@ -219,6 +219,8 @@ static int told_error(const struct pcshare_attachment *a, const struct wire_erro
 {
     if (!link_is_text(error->text, sizeof(error->text)) || error->error <= 0)
         return helper_fail(EPROTO, "%s: the coordinator sent an ERROR without an error or a text", a->socket_path);
+    if (!error->text[0])
+        return helper_fail(error->error, "%s: the coordinator refuses: %s", a->socket_path, strerror(error->error));
     return helper_fail(error->error, "%s", error->text);
 }
 

@@ -115,16 +115,15 @@ static void at_fork_parent(void)
     library_unlock();
 }
 
+/* The lock is held, by this thread: it was taken before the fork. */
 static void at_fork_child(void)
 {
     struct pcshare_attachment *a, *next;
     int n_restored = 0;
 
-    pthread_mutex_init(&library.lock, NULL);
     pthread_cond_init(&library.sentinel_left, NULL);
     library.sentinel_runs = 0;
     fd_close(&library.wake_fd);
-    library_lock();
     for (a = library.attachments; a; a = next) {
         next = a->next;
         drop_calls(a);

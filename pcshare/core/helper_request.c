@@ -22,6 +22,8 @@
 #define MADV_POPULATE_READ 22 /* Linux 5.14; older headers lack it */
 #endif
 
+enum { ERRNO_MAX = 4095 }; /* the kernel's own limit */
+
 /* ---- the list of requests ---- */
 
 static void request_append(struct pcshare_attachment *a, struct helper_request *request)
@@ -95,7 +97,7 @@ int requests_answer(struct pcshare_attachment *a, const struct wire_done *done)
 
     if ((int32_t)(done->header.cookie - a->first_cookie) < 0)
         return 0; /* asked of the coordinator before this one */
-    if (a->in_flight == 0 || done->status > 0)
+    if (a->in_flight == 0 || done->status > 0 || done->status < -ERRNO_MAX)
         return helper_fail(EPROTO, "the coordinator at %s broke the protocol: a DONE that answers nothing",
                            a->socket_path);
     a->in_flight--;

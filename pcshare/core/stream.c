@@ -201,8 +201,9 @@ static void take_hint(struct fault_threads *ft)
     if (!hint)
         return;
     s->block_index = (uint32_t)((hint - 1) >> HINT_BLOCK_SHIFT);
-    if (ft->blocks[s->block_index]) /* that page itself is under way */
-        ft->blocks[s->block_index]->stream_cursor = ((hint - 1) & ((1ull << HINT_BLOCK_SHIFT) - 1)) + 1;
+    struct served_block *served = __atomic_load_n(&ft->blocks[s->block_index], __ATOMIC_ACQUIRE);
+    if (served) /* that page itself is under way */
+        served->stream_cursor = ((hint - 1) & ((1ull << HINT_BLOCK_SHIFT) - 1)) + 1;
 }
 
 /* After the cursor, then from the start of the same block. */
@@ -234,7 +235,7 @@ static int claim_for_background(struct fault_threads *ft, struct stream_piece *p
 
     take_hint(ft);
     for (uint32_t i = 0; i < STATUS_BLOCKS_MAX; i++) {
-        struct served_block *served = ft->blocks[s->block_index];
+        struct served_block *served = __atomic_load_n(&ft->blocks[s->block_index], __ATOMIC_ACQUIRE);
         uint64_t first = 0, n = 0;
 
         /* What a source pushes comes by itself. */

@@ -9,17 +9,23 @@
 #include "stream_range.h"
 #include "trace.h"
 
+/* Changed under the lock; who has placed a page looks without it whether there is any range at all. */
+static void set_link(struct stream_range **rangep, struct stream_range *range)
+{
+    __atomic_store_n(rangep, range, __ATOMIC_RELAXED);
+}
+
 static void append(struct stream *s, struct stream_range *range)
 {
     range->next = NULL;
-    *s->ranges_tail = range;
+    set_link(s->ranges_tail, range);
     s->ranges_tail = &range->next;
 }
 
 void stream_range_push(struct stream *s, struct stream_range *range)
 {
     range->next = s->ranges;
-    s->ranges = range;
+    set_link(&s->ranges, range);
     if (s->ranges_tail == &s->ranges)
         s->ranges_tail = &range->next;
 }
@@ -28,7 +34,7 @@ struct stream_range *stream_range_unlink(struct stream *s, struct stream_range *
 {
     struct stream_range *range = *rangep;
 
-    *rangep = range->next;
+    set_link(rangep, range->next);
     if (s->ranges_tail == &range->next)
         s->ranges_tail = rangep;
     return range;

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import socket
 import stat
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,9 +59,9 @@ def parse_address(text: str) -> Address:
         host = host[1:-1]
     elif ":" in host:
         raise UsageError(f"not an address to listen on: {text!r}", hint="put an IPv6 address in brackets: [::1]:10809")
-    if not colon or not (port.isascii() and port.isdigit()) or int(port) > PORT_MAX:
+    if not colon or not re.fullmatch("0*[0-9]{1,5}", port, re.ASCII) or int(port[-5:]) > PORT_MAX:
         raise UsageError(f"not an address to listen on: {text!r}", hint=_HINT)
-    return Address(hosts=(host,) if host else LOOPBACK, port=int(port))
+    return Address(hosts=(host,) if host else LOOPBACK, port=int(port[-5:]))
 
 
 def host_port(host: str, port: int) -> str:

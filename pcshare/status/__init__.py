@@ -12,6 +12,7 @@ from pcshare.status.layout import (
     STATE_NAMES,
     STREAM_NAMES,
     TABLES_BYTES,
+    named,
     process_stat,
     summary_state,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "in_use",
     "leftovers",
     "name_in_use",
+    "named",
     "process_stat",
     "read_status",
     "remove_leftovers",

@@ -24,12 +24,18 @@ STATE_SUMMARY_ORDER = (
 SEGMENT_MODE = 0o600
 SEGMENT_MODE_SHARED = 0o644
 TEXT_READ_TRIES_MAX = 64  # a text that is still being written then comes from a writer that stopped in the middle
+BITMAP_BYTES_MAX = 2 << 30  # of the largest block, 64 TiB in 4 KiB pages; a sparse file may say any size
 BITMAP_EAGER_BYTES = int(lib.STATUS_BITMAP_EAGER_BYTES)  # reserved whole
 PAGES_A_BITMAP_PAGE = mmap.PAGESIZE * 8
 
 HEADER_BYTES: int = ffi.sizeof("struct status_header")
 BLOCK_BYTES: int = ffi.sizeof("struct status_block")
 HELPER_BYTES: int = ffi.sizeof("struct status_helper")
+
+
+def named(names: tuple[str, ...], value: int) -> str:
+    """The word for a number in the segment; a number that has none stands for itself."""
+    return names[value] if value < len(names) else str(value)
 
 
 def page_up(n_bytes: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -22,12 +23,14 @@ from pcshare.errors import (
 )
 from pcshare.fds import OwnedFd
 from pcshare.status.layout import (
+    BITMAP_BYTES_MAX,
     BLOCK_BYTES,
     HELPER_BYTES,
     HELPER_STATE_NAMES,
     STATE_NAMES,
     STREAM_NAMES,
     TEXT_READ_TRIES_MAX,
+    named,
     parent_pid,
     process_stat,
     summary_state,
@@ -43,11 +46,9 @@ from pcshare.status.report import (
 
 
 def _text(field: Any) -> str:
-    return str(ffi.string(field).decode(errors="replace"))
-
-
-def _named(names: tuple[str, ...], value: int) -> str:
-    return names[value] if value < len(names) else str(value)
+    """Anybody may put a segment there, and its texts go to a terminal: what would steer that is left out."""
+    text = str(ffi.string(field).decode(errors="replace"))
+    return text if text.isprintable() else "".join(one if one.isprintable() else "\ufffd" for one in text)
 
 
 def _blocktime(histogram: Any) -> Blocktime:
@@ -88,10 +89,13 @@ class StatusReader:
 
     def _read(self, offset: int, length: int) -> bytes:
         """pread, since a mapping would make holes real; see above."""
-        content = os.pread(self._fd.fileno(), length, offset)
-        if len(content) < length:
-            raise self._damaged(f"it ends at byte {offset + len(content)}, before {offset + length}")
-        return content
+        size = os.fstat(self._fd.fileno()).st_size
+        if offset + length <= size:  # first: what a damaged one says is longer than memory
+            content = os.pread(self._fd.fileno(), length, offset)
+            if len(content) == length:
+                return content
+            size = offset + len(content)  # cut off at this moment
+        raise self._damaged(f"it ends at byte {size}, before {offset + length}")
 
     def _read_struct(self, ctype: str, offset: int) -> Any:
         """A struct whose text is not half-written, or, after many tries, as it is: its writer stopped in the middle."""
@@ -164,7 +168,7 @@ class StatusReader:
             stopped=exists and found is not None and found[0] in "Tt",
             state=summary_state(block.state for block in blocks),
             reason=next(filter(None, reasons), ""),
-            stream=_named(STREAM_NAMES, header.stream_mode),
+            stream=named(STREAM_NAMES, header.stream_mode),
             stream_rate=header.stream_rate,
             socket=_text(header.socket_path),
             faults=header.fault_count,
@@ -178,7 +182,10 @@ class StatusReader:
 
     def bitmap(self, block: BlockStatus) -> bytes:
         """The received bitmap: page i is bit i % 8 of byte i // 8."""
-        return self._read(block.bitmap_offset, -(-block.page_count // 8))
+        length = -(-block.page_count // 8)
+        if length > BITMAP_BYTES_MAX:
+            raise self._damaged(f"block {block.idstr} would have a received bitmap of {length} bytes")
+        return self._read(block.bitmap_offset, length)
 
 
 def _source_status(header: Any) -> SourceStatus | None:
@@ -196,7 +203,7 @@ def _block_status(index: int, slot: Any) -> BlockStatus:
         used_length=slot.used_length,
         page_size=slot.page_size,
         writable=bool(slot.writable),
-        state=_named(STATE_NAMES, slot.state),
+        state=named(STATE_NAMES, slot.state),
         reason=_text(slot.reason),
         received_pages=slot.received_pages,
         hole_pages=slot.hole_pages,
@@ -215,7 +222,7 @@ def _helper_status(index: int, slot: Any, blocks: dict[int, str], coordinator_pi
         slot=index,
         pid=slot.pid,
         uid=slot.uid,
-        state=_named(HELPER_STATE_NAMES, slot.state),
+        state=named(HELPER_STATE_NAMES, slot.state),
         block=blocks.get(slot.block_index, ""),
         faults=slot.faults,
         waiting=slot.waiting,
@@ -238,7 +245,7 @@ def is_locked(fd: OwnedFd) -> bool:
 def open_segment(name: str) -> OwnedFd:
     path = runtime.shm_path(name)
     try:
-        return OwnedFd(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+        fd = OwnedFd(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK))  # a FIFO would wait
     except FileNotFoundError:
         raise NoSuchCoordinator(
             f"there is no coordinator {name!r}", errno=errno.ENOENT, hint="`pcshare status` lists those that run"
@@ -251,6 +258,10 @@ def open_segment(name: str) -> OwnedFd:
         ) from None
     except OSError as error:
         raise PcshareError(f"cannot read {path}: {error.strerror}", errno=error.errno) from None
+    if not stat.S_ISREG(os.fstat(fd.fileno()).st_mode):
+        fd.close()
+        raise PcshareError(f"{path} is no shared memory", errno=errno.EPROTO, hint=f"remove it: rm -r {path}")
+    return fd
 
 
 def read_status(name: str) -> StatusReport:

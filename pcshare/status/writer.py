@@ -28,6 +28,7 @@ from pcshare.errors import (
     VersionMismatch,
 )
 from pcshare.fds import OwnedFd
+from pcshare.protocol import cut_text
 from pcshare.status.layout import (
     BITMAP_EAGER_BYTES,
     BLOCK_BYTES,
@@ -244,7 +245,7 @@ class SegmentWriter:
     def set_text(self, text: str, block: int | None = None) -> None:
         """The reason of a block, or of the whole; cut to what fits."""
         target = self.header if block is None else self.block_slot(block)
-        fitting = text.encode()[: lib.STATUS_REASON_MAX - 1].decode(errors="ignore").encode()
+        fitting = cut_text(text, lib.STATUS_REASON_MAX)
         target.text_seq = target.text_seq + 1 | 1  # odd: being written
         ffi.memmove(target.reason, fitting.ljust(lib.STATUS_REASON_MAX, b"\0"), lib.STATUS_REASON_MAX)
         target.text_seq = target.text_seq + 1 & 0xFFFFFFFF
@@ -259,7 +260,7 @@ class SegmentWriter:
     def describe_source(self, machine: str, target_page_size: int, page_sizes: int) -> None:
         """What an incoming migration says of its source; page sizes of all its blocks ORed, in bytes. Zeros: none."""
         header = self.header
-        fitting = machine.encode()[: lib.STATUS_MACHINE_MAX - 1].decode(errors="ignore").encode()
+        fitting = cut_text(machine, lib.STATUS_MACHINE_MAX)
         header.text_seq = header.text_seq + 1 | 1  # odd: being written
         ffi.memmove(header.machine, fitting.ljust(lib.STATUS_MACHINE_MAX, b"\0"), lib.STATUS_MACHINE_MAX)
         header.target_page_size, header.source_page_sizes = target_page_size, page_sizes

@@ -339,6 +339,9 @@ static void hear_hello(struct helper *h, const struct wire_hello *hello)
     else if (is_wrong("refuse-hello")) {
         send_error(h, EPERM, "uid 7 may not attach; start the coordinator with --allow-uid 7");
         forget(h);
+    } else if (is_wrong("refuse-silently")) {
+        send_error(h, EPERM, "");
+        forget(h);
     } else if (is_wrong("refuse-version")) {
         send_error(h, EPROTONOSUPPORT, "this coordinator speaks version 2 only");
         forget(h);
