@@ -107,10 +107,19 @@ class FaultThreads:
         lib.fault_threads_set_stream(self.pointer, mode, rate)
 
     def add_remote(
-        self, block: RAMBlock, uffd: OwnedFd, control: OwnedFd, maps: Sequence[tuple[int, int, int]], status: Any
+        self,
+        block: RAMBlock,
+        uffd: OwnedFd,
+        control: OwnedFd,
+        maps: Sequence[tuple[int, int, int]],
+        status: Any,
+        *,
+        has_events: bool = False,
+        strict: bool = False,
     ) -> int:
         """A helper's uffd with its maps (client_addr, offset in the block, length; bytes). Both fds are consumed.
-        Returns its id."""
+        has_events: it may write the block, and its uffd tells what it removes and moves; strict: it is registered for
+        MINOR faults too. Returns its id."""
         rows = [
             {"client_addr": addr, "length": length, "page": offset // block.page_size} for addr, offset, length in maps
         ]
@@ -125,6 +134,7 @@ class FaultThreads:
             status,
         )
         check(rc, "registering a remote fd")
+        remote[0].has_events, remote[0].is_strict = has_events, strict
         number = ffi.new("uint32_t *")
         check(lib.fault_threads_add_remote(self.pointer, remote[0], number), "polling a remote fd")
         return int(number[0])

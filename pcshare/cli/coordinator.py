@@ -274,6 +274,7 @@ def _options(given: dict[str, Any]) -> Options:
         device_state=given["device_state"],
         keeper_restarts=not given["no_keeper"],
         findable=given["user"] is not None,
+        strict=given["strict"],
         **more,
     )
 

@@ -153,12 +153,17 @@ _SERVING = (
         metavar="TIME",
         help="How long an answer to PROBE is waited for.",
     ),
+    click.option(
+        "--strict",
+        is_flag=True,
+        help="Look at each page before a helper reads it: finds foreign pages in time, costs a fault for each page.",
+    ),
 )
 
 
 def coordinator_options(function: Decorated) -> Decorated:
     """The options of whoever starts a coordinator: stream, page_size, writable, on_source_loss, source_timeout (s),
-    allow_uid, allow_gid, fault_threads, orphan_timeout (s), device_state, notifier_timeout (s)."""
+    allow_uid, allow_gid, fault_threads, orphan_timeout (s), device_state, notifier_timeout (s), strict."""
     for option in reversed(_SERVING):
         function = option(function)
     return function

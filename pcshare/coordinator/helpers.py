@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -23,7 +23,7 @@ from pcshare.coordinator.takeover import HelperTable, KeptHelper, kept_name
 from pcshare.errors import LimitReached, PcshareError, RemoteProtocolError
 from pcshare.fault_thread import EventKind, FaultEvent, FaultThreads
 from pcshare.fds import OwnedFd, close_aside
-from pcshare.protocol import Map
+from pcshare.protocol import Map, Mode
 from pcshare.status import SegmentWriter
 from pcshare.store import FdStore
 from pcshare.transport import Connection, PeerCredentials
@@ -64,10 +64,12 @@ class Helpers:
         self,
         segment: SegmentWriter,
         fault_threads: FaultThreads,
-        features: int,
+        features: Mapping[Mode, int],
         helpers_max: int,
         store: FdStore,
         table: HelperTable,
+        *,
+        strict: bool = False,
     ) -> None:
         self._segment = segment
         self._fault_threads = fault_threads
@@ -75,6 +77,7 @@ class Helpers:
         self._helpers_max = helpers_max
         self._store = store
         self._table = table
+        self._strict = strict
         self._by_id: dict[int, Helper] = {}
         self._by_identity: dict[int, Helper] = {}
         self._free_slots = deque(range(helpers_max))  # the one that is free longest comes first
@@ -97,25 +100,19 @@ class Helpers:
     # -- attaching
 
     def attach(
-        self, block: Block, connection: Connection, uffd_fd: OwnedFd, maps: tuple[Map, ...], *, may_write: bool
+        self, block: Block, mode: Mode, connection: Connection, uffd_fd: OwnedFd, maps: tuple[Map, ...]
     ) -> Helper:
         """Takes over a helper's uffd. What is wrong with it or its maps is a RemoteProtocolError."""
         self.check_room()
         check_maps(block, maps)
         with Uffd(uffd_fd.detach()) as uffd:
-            return self._register(block, connection, uffd, self._inspect(uffd), maps, may_write)
+            return self._register(block, mode, connection, uffd, self._inspect(uffd, mode), maps)
 
     def _register(
-        self,
-        block: Block,
-        connection: Connection,
-        uffd: Uffd,
-        identity: int,
-        maps: tuple[Map, ...],
-        may_write: bool,
+        self, block: Block, mode: Mode, connection: Connection, uffd: Uffd, identity: int, maps: tuple[Map, ...]
     ) -> Helper:
         """Kept first: should we die after that, the one after us answers its ATTACH."""
-        credentials = connection.credentials()
+        credentials, may_write = connection.credentials(), mode is Mode.RW
         slot = self._free_slots.popleft()
         try:
             self._segment.clear_helper(slot)  # a thread that was at work for the last one may have counted since
@@ -123,7 +120,7 @@ class Helpers:
             status.block_index, status.pid, status.uid = block.index, credentials.pid, credentials.uid
             self._table.write(slot, block.index, credentials.pid, credentials.uid, maps)
             self._store.put(kept_name(slot, may_write=may_write), [connection.fileno(), uffd.fileno()])
-            remote_id = self._serve(block, connection, uffd, maps, status)
+            remote_id = self._serve(block, connection, uffd, maps, status, may_write)
         except BaseException:
             self._forget(slot, may_write)
             raise
@@ -131,10 +128,24 @@ class Helpers:
         self._segment.header.helpers_joined += 1
         return self._note(Helper(remote_id, slot, block, connection, credentials, identity, may_write))
 
-    def _serve(self, block: Block, connection: Connection, uffd: OwnedFd, maps: tuple[Map, ...], status: Any) -> int:
+    def _serve(
+        self,
+        block: Block,
+        connection: Connection,
+        uffd: OwnedFd,
+        maps: tuple[Map, ...],
+        status: Any,
+        may_write: bool,
+    ) -> int:
         """From here on its faults are answered: its id. uffd is consumed."""
         remote_id = self._fault_threads.add_remote(
-            block.ram, uffd, connection.dup(), [(m.client_addr, m.offset, m.length) for m in maps], status
+            block.ram,
+            uffd,
+            connection.dup(),
+            [(m.client_addr, m.offset, m.length) for m in maps],
+            status,
+            has_events=may_write,
+            strict=self._strict,
         )
         if not self._fault_threads.is_alive(remote_id):
             self._fault_threads.remove_remote(remote_id)
@@ -178,8 +189,8 @@ class Helpers:
             status.state = SlotState.ATTACHED
             self._segment.header.helpers_joined += 1
         with uffd:
-            identity = uffd.inspect(self._features)
-            remote_id = self._serve(block, connection, uffd, one.maps, status)
+            identity = uffd.inspect(self._features[Mode.RW if one.may_write else Mode.RO])
+            remote_id = self._serve(block, connection, uffd, one.maps, status, one.may_write)
         helper = Helper(
             remote_id,
             one.slot,
@@ -200,9 +211,9 @@ class Helpers:
             self.tell(helper, protocol.pack_ack(helper.slot))
         self._fault_threads.wake_remote(helper.remote_id)
 
-    def _inspect(self, uffd: Uffd) -> int:
+    def _inspect(self, uffd: Uffd, mode: Mode) -> int:
         try:
-            identity = uffd.inspect(self._features)
+            identity = uffd.inspect(self._features[mode])
         except PcshareError as error:
             close_aside(uffd)
             raise RemoteProtocolError(f"ATTACH: {error.message}", errno=error.errno, hint=error.hint) from None
@@ -300,6 +311,7 @@ _OFFENCES = {
     errno.ENOBUFS: "it does not read the answers to its requests",
     errno.EPROTO: "it sent what is no message of an attached helper",
     errno.ERANGE: "it asked for a range outside the block",
+    errno.ENOSPC: "its mapping fell into more pieces than are followed (16)",
     errno.EUSERS: "it asked for more ranges, or waits for more pages, at once than a helper may",
 }
 

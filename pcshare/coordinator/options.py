@@ -38,6 +38,7 @@ class Options:
     device_state: str | None = None  # the file for what an incoming migration says of its devices
     keeper_restarts: bool = True  # the keeper is our parent and starts us again; else it ends with us
     findable: bool = False  # its socket lies where all look, whoever may attach: it is not its starter's (--user)
+    strict: bool = False  # helpers register for MINOR faults too
 
     @property
     def takes_migration(self) -> bool:

@@ -49,7 +49,7 @@ from pcshare.fault_thread import EventKind, FaultThreads, default_cpus
 from pcshare.fds import OwnedFd
 from pcshare.keeper import Keeper
 from pcshare.notifier import Change, NotifierChain
-from pcshare.protocol import Admin, AdminOp, Replace
+from pcshare.protocol import Admin, AdminOp, Mode, Replace
 from pcshare.state import State
 from pcshare.store import FdStore
 from pcshare.trace import TraceFile
@@ -139,7 +139,7 @@ class Server:
         options, before = self.options, self._predecessor
         report = probe.require_host(options.page_size)
         self._check_options(report)
-        self._features = before.state.features if before else probe.wanted_features(report.features)
+        self._features = before.state.features if before else _features(report, strict=options.strict)
         _raise_fd_limit()
         path = self._socket_path = before.state.socket_path if before else self._take_name()
         self.exports = Exports(options.exports, before.take_numbered(EXPORT) if before else None)
@@ -172,6 +172,8 @@ class Server:
             self.exports.start(self._socket_path, self.options.name, self.blocks)
 
     def _check_options(self, report: probe.HostReport) -> None:
+        if self.options.strict:
+            probe.check_strict(self.options.page_size, report)
         if self.options.poison and "POISON" not in report.features:
             raise UsageError(
                 "--on-source-loss poison needs the userfaultfd feature POISON, which this kernel does not offer",
@@ -214,7 +216,13 @@ class Server:
         self._closing.callback(table.close)
         self._store.put(HELPER_TABLE, [table.fileno()] if before is None else [])
         self.helpers = Helpers(
-            self._segment, self.fault_threads, self._features, options.helpers_max, self._store, table
+            self._segment,
+            self.fault_threads,
+            self._features,
+            options.helpers_max,
+            self._store,
+            table,
+            strict=options.strict,
         )
         self._closing.callback(self.helpers.close)
 
@@ -565,6 +573,11 @@ class Server:
         self._keeper.close()
         self._stop_read.close()
         self._stop_write.close()
+
+
+def _features(report: probe.HostReport, *, strict: bool) -> dict[Mode, int]:
+    """What helpers' uffds are opened with."""
+    return {mode: probe.wanted_features(report.features, writing=mode is Mode.RW, strict=strict) for mode in Mode}
 
 
 def _cpus(wanted: int | None) -> list[int]:

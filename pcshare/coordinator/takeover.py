@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from pcshare import protocol, runtime
 from pcshare.errors import PcshareError, VersionMismatch
 from pcshare.fds import OwnedFd
-from pcshare.protocol import Map
+from pcshare.protocol import Map, Mode
 from pcshare.sources import SourceMemory
 from pcshare.store import FdStore, Kept
 from pcshare.transport import Connection
@@ -60,7 +60,7 @@ class KeptState:
 
     socket_path: str
     keeper: tuple[int, int]  # its pid and when it was started: it has the blocks, and no other one has
-    features: int  # what helpers' uffds were opened with
+    features: Mapping[Mode, int]  # what helpers' uffds were opened with
     blocks: tuple[KeptBlock, ...]
     ram_section_id: int | None = None  # of a migration that has come to LISTEN and is not over
 
@@ -84,7 +84,8 @@ class KeptState:
             )
         blocks = (KeptBlock(**{**one, "source": SourceMemory.from_json(one["source"])}) for one in told["blocks"])
         pid, start_ticks = told["keeper"]
-        return cls(told["socket_path"], (pid, start_ticks), told["features"], tuple(blocks), told["ram_section_id"])
+        features = {Mode(int(mode)): bits for mode, bits in told["features"].items()}
+        return cls(told["socket_path"], (pid, start_ticks), features, tuple(blocks), told["ram_section_id"])
 
 
 def _whole(fd: OwnedFd) -> bytes:

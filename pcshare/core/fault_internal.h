@@ -2,7 +2,7 @@
  * core.
  *
  * Files: fault_thread.c (threads and what they poll), fault_set.c (adding, finding, removing), request.c (a fault's way
- * to its page), fault_home.c (which of them answers), stream.c (all that is asked for without a fault), fault_control.c
+ * to its page), fault_follow.c (what a writable helper does to its mapping), fault_home.c (which of them answers), stream.c (all that is asked for without a fault), fault_control.c
  * (messages of attached helpers), fault_event.c (what Python is told).
  */
 #ifndef PCSHARE_FAULT_INTERNAL_H
@@ -97,6 +97,10 @@ void for_each_remote(struct fault_threads *ft, const struct ramblock *block,
                      void (*call)(struct remote_fd *remote, void *argument), void *argument);
 struct served_block *served_block_of(struct fault_threads *ft, const struct ramblock *block);
 
+/* fault_follow.c */
+/* Reads what waits on the uffd of a helper that may send events, and acts on it. */
+void follow_uffd(struct fault_worker *worker, struct remote_fd *remote);
+
 /* fault_home.c */
 /* A thread of the helper has faulted and been answered: now and then looks where it runs. */
 void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid);
@@ -105,9 +109,11 @@ void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_
 void request_shared_page(struct fault_threads *ft, struct fault_worker *worker, struct remote_fd *remote, uint64_t page,
                          uint32_t tid);
 /* Who waited is woken, ranges advance, completion is told. kind: whose counter the pages go to. */
-enum { PLACED_DEMAND = 1, PLACED_STREAM = 2 };
+enum { PLACED_DEMAND = 1, PLACED_STREAM = 2, REMOVED = 3 };
 void after_placing(struct fault_threads *ft, struct served_block *served, uint64_t page, uint64_t n, uint64_t placed,
                    int kind);
+/* Lifts the poison marks of pages that are received by now. */
+void lift_poison(struct fault_threads *ft, struct ramblock *block, uint64_t page, uint64_t n);
 /* Pages came because this helper asked. It may be gone by now. */
 void credit_helper(struct fault_threads *ft, uint32_t remote_id, uint64_t placed);
 void lose_page(struct fault_threads *ft, struct served_block *served, uint64_t page);

@@ -47,12 +47,12 @@ void stop_polling_control(struct fault_threads *ft, struct remote_fd *remote)
     stop_polling(ft, remote->control);
 }
 
-/* Every worker polls every uffd; one of them reads the control sockets. */
+/* Every worker polls every uffd; one of them reads the control sockets. Before there is a worker: when they start. */
 int start_polling(struct fault_threads *ft, struct remote_fd *remote)
 {
     int rc = 0;
 
-    if (remote->control >= 0)
+    if (remote->control >= 0 && ft->n_workers)
         rc = poll_fd(&ft->workers[0], remote->control, POLL_CONTROL, remote->id);
     for (uint32_t i = 0; rc == 0 && i < ft->n_workers; i++)
         rc = poll_fd(&ft->workers[i], remote->uffd, POLL_UFFD, remote->id);
@@ -103,6 +103,10 @@ static void handle_uffd(struct fault_worker *worker, struct remote_fd *remote, u
 
     if (poll_events & EPOLLERR) { /* its owner made it blocking */
         disable_remote(worker->ft, remote, EBADFD, 0);
+        return;
+    }
+    if (remote->has_events) {
+        follow_uffd(worker, remote);
         return;
     }
     int n = uffd_read(remote->uffd, messages, UFFD_READ_MAX);

@@ -14,6 +14,7 @@
 #include "ramblock.h"
 #include "remote_fd.h"
 #include "status_segment.h"
+#include "uffd.h"
 
 enum {
     FAULT_THREADS_MAX = 64,
@@ -78,6 +79,10 @@ int fault_threads_remove_remote(struct fault_threads *ft, uint32_t id);
 int fault_threads_wake_remote(struct fault_threads *ft, uint32_t id);
 /* Cuts it off: no longer polled, its waits forgotten; its uffd stays open until it is removed. */
 int fault_threads_disable_remote(struct fault_threads *ft, uint32_t id, int error);
+/* Does what the fault threads do when they read this REMOVE, UNMAP or REMAP on the remote fd's uffd: for those that
+ * somebody else has read while no fault thread ran. Other messages are left alone: who waits in a fault is woken, and
+ * faults again. Before anything is placed in the block: the threads may be started after it. */
+void fault_threads_apply_event(struct fault_threads *ft, uint32_t id, const struct uffd_message *message);
 /* -ESRCH: its address space is gone, or there is no such remote fd; 0: it lives; -EINVAL: the kernel does not tell. */
 int fault_threads_probe_remote(struct fault_threads *ft, uint32_t id);
 

@@ -29,11 +29,13 @@ enum {
     TRACE_PLACE_ZERO = 12,
     TRACE_PLACE_PRESENT = 13, /* EEXIST */
     TRACE_FOREIGN = 14,
-    TRACE_WAKE = 15, /* subject: helper */
+    TRACE_WAKE = 15, /* subject: helper; detail: 0, or with --strict pages mapped there at most */
     TRACE_POISON = 16,
     TRACE_SOURCE_ERROR = 17,   /* detail: errno */
     TRACE_STREAM_REQUEST = 18, /* detail: pages */
     TRACE_RANGE_REQUEST = 19,  /* detail: pages */
+    TRACE_EVENT = 20,          /* subject: helper, page: the address; detail: UFFD_MESSAGE_* */
+    TRACE_REMOVE = 21,         /* a helper removed pages; detail: how many */
 };
 
 struct trace_record {
