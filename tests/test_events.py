@@ -24,6 +24,7 @@ from pcshare.fault_thread import EventKind
 from pcshare.protocol import AdminOp
 from pcshare.status import StatusReader, read_status, remove_leftovers
 from support import wait_until
+from support_coordinator import Serving as Running
 from support_coordinator import coordinator, die_with_parent
 from support_rig import Rig
 from support_serving import EAGER, LAZY, PAGE, PAUSED, WAIT_S, HelperProcess, Serving, make_file, serving
@@ -306,7 +307,7 @@ os.waitpid(pid, 0)[1]
 
 def test_events_are_read_when_the_coordinator_was_killed(runtime_dir: Path, data_file: Path, content: bytes) -> None:
     """T8: while the helper waits for another one, and when it has given up."""
-    command = [sys.executable, "-m", "pcshare", "coordinator", f"--name=killed-{os.getpid()}", "--json",
+    command = [sys.executable, "-m", "pcshare", "coordinator", f"--name=killed-{os.getpid()}", "--json", "--no-keeper",
                "--stream=lazy", "--writable=data", "--orphan-timeout=6s", f"data={data_file}"]  # fmt: skip
     with contextlib.ExitStack() as stack:
         keeper = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=die_with_parent)
@@ -340,6 +341,49 @@ def test_who_attaches_again_says_where_its_pages_are(runtime_dir: Path, data_fil
         assert helper.do("peek(to + 4096)") == content[11 * PAGE : 12 * PAGE]
         assert helper.do("peek(at(21))") == content[21 * PAGE : 22 * PAGE]
         assert helper.do("b.madvise(mmap.MADV_REMOVE, 0, 4096); read(b, 0, 4096)") == bytes(PAGE)
+
+
+def wait_for_another(served: Running, before: int) -> None:
+    """A coordinator that serves in place of the one with that pid."""
+
+    def serves() -> bool:
+        now = served.status()
+        return now.alive and now.pid != before
+
+    wait_until(serves, "another coordinator", WAIT_S)
+
+
+def test_coordinator_that_is_started_again_knows_what_was_removed_and_moved(
+    runtime_dir: Path, data_file: Path, content: bytes
+) -> None:
+    """P5: before it was killed, and while there was none."""
+    with (
+        coordinator(f"data={data_file}", options=["--stream=lazy", "--writable=data"]) as served,
+        HelperProcess(served.socket) as helper,
+    ):
+        helper.do("b = attach(mode='rw')")
+        helper.do(ADDRESSES)
+        helper.do("to = room(64)")
+        for turn in range(3):
+            first = 20 * turn
+            assert helper.do(f"move({first}, 2, to + {turn} * 8 * 4096)")
+            helper.do(f"b.madvise(mmap.MADV_REMOVE, {first + 10} * 4096, 4096)")
+            before = served.status().pid
+            os.kill(before, signal.SIGKILL)
+            assert helper.do(f"move({first + 4}, 2, to + ({turn} * 8 + 4) * 4096)")
+            helper.do(f"libc.munmap(at({first + 8}), 4096)")
+            helper.do(f"b.madvise(mmap.MADV_REMOVE, {first + 11} * 4096, 4096)")
+            wait_for_another(served, before)
+            for page, lies in ((0, 0), (1, 1), (4, 4), (5, 5)):
+                wanted = content[(first + page) * PAGE : (first + page + 1) * PAGE]
+                assert helper.do(f"peek(to + ({turn} * 8 + {lies}) * 4096)") == wanted
+            assert (
+                helper.do(f"peek(at({first + 10}), 3 * 4096)")
+                == bytes(2 * PAGE) + content[(first + 12) * PAGE :][:PAGE]
+            )
+        assert helper.do("b.state") == "attached"
+        assert served.block("data").removed_pages == 6
+        assert [one.state for one in served.status().helpers] == ["attached"]
 
 
 # ---- what somebody else has read ----

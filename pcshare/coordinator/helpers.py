@@ -120,7 +120,7 @@ class Helpers:
             status.block_index, status.pid, status.uid = block.index, credentials.pid, credentials.uid
             self._table.write(slot, block.index, credentials.pid, credentials.uid, maps)
             self._store.put(kept_name(slot, may_write=may_write), [connection.fileno(), uffd.fileno()])
-            remote_id = self._serve(block, connection, uffd, maps, status, may_write)
+            remote_id = self._serve(block, connection, uffd, maps, slot, may_write)
         except BaseException:
             self._forget(slot, may_write)
             raise
@@ -134,10 +134,11 @@ class Helpers:
         connection: Connection,
         uffd: OwnedFd,
         maps: tuple[Map, ...],
-        status: Any,
+        slot: int,
         may_write: bool,
     ) -> int:
         """From here on its faults are answered: its id. uffd is consumed."""
+        status = self._segment.helper_slot(slot)
         remote_id = self._fault_threads.add_remote(
             block.ram,
             uffd,
@@ -146,6 +147,7 @@ class Helpers:
             status,
             has_events=may_write,
             strict=self._strict,
+            kept_slot=slot,
         )
         if not self._fault_threads.is_alive(remote_id):
             self._fault_threads.remove_remote(remote_id)
@@ -162,9 +164,10 @@ class Helpers:
 
     # -- taking over
 
-    def take_over(self, kept: Iterable[KeptHelper], blocks: Blocks) -> None:
-        """Serves who was attached to the coordinator before this one. Who died meanwhile is let go; everybody else is
-        told that another one serves, and faults again where it waits."""
+    def take_over(self, kept: Iterable[KeptHelper], blocks: Blocks, events: Iterable[tuple[int, Any]]) -> None:
+        """Takes over who was attached to the coordinator before this one, before a fault thread runs. events: what the
+        keeper has read meanwhile from the slots' uffds. Who died meanwhile is let go; everybody else is told that
+        another one serves, and faults again where it waits."""
         taken: dict[int, Helper] = {}
         for one in kept:
             try:
@@ -172,6 +175,9 @@ class Helpers:
             except (PcshareError, OSError, KeyError) as error:
                 log.info("helper %d has gone meanwhile: %s", one.pid, error)
                 self._store.remove(kept_name(one.slot, may_write=one.may_write))
+        for slot, message in events:
+            if slot in taken:
+                self._fault_threads.apply_event(taken[slot].remote_id, message)
         for slot in self._segment.used_helper_slots():
             if slot not in taken:  # it has gone, or its fds were not kept and it comes again by itself
                 self._segment.clear_helper(slot)
@@ -190,7 +196,7 @@ class Helpers:
             self._segment.header.helpers_joined += 1
         with uffd:
             identity = uffd.inspect(self._features[Mode.RW if one.may_write else Mode.RO])
-            remote_id = self._serve(block, connection, uffd, one.maps, status, one.may_write)
+            remote_id = self._serve(block, connection, uffd, one.maps, one.slot, one.may_write)
         helper = Helper(
             remote_id,
             one.slot,

@@ -30,6 +30,7 @@ from pcshare.coordinator.options import STREAM_EAGER, STREAM_LAZY, STREAM_PAUSED
 from pcshare.coordinator.parent import ParentLink
 from pcshare.coordinator.takeover import (
     DEVICE,
+    EVENTS,
     EXPORT,
     HELPER_TABLE,
     INCOMING,
@@ -47,7 +48,7 @@ from pcshare.coordinator.takeover import (
 from pcshare.errors import PcshareError, UsageError
 from pcshare.fault_thread import EventKind, FaultThreads, default_cpus
 from pcshare.fds import OwnedFd
-from pcshare.keeper import Keeper
+from pcshare.keeper import Keeper, read_events
 from pcshare.notifier import Change, NotifierChain
 from pcshare.protocol import Admin, AdminOp, Mode, Replace
 from pcshare.state import State
@@ -211,8 +212,10 @@ class Server:
         self._closing.callback(self.fault_threads.close)
         self._closing.callback(self.blocks.close)
         self.fault_threads.set_stream(STREAM_LAZY)  # not before every block is there
-        self.fault_threads.start(_cpus(options.fault_threads))
+        if before is None:
+            self.fault_threads.start(_cpus(options.fault_threads))
         table = before.helpers if before else HelperTable()
+        self.fault_threads.keep_maps(table.fileno())
         self._closing.callback(table.close)
         self._store.put(HELPER_TABLE, [table.fileno()] if before is None else [])
         self.helpers = Helpers(
@@ -255,7 +258,10 @@ class Server:
                 self.blocks.take_over(kept, source, self.blocks.region_of(kept), self._keeper, self.fault_threads)
         self.blocks.drop_unclaimed()
         self._keeper.sweep()
-        self.helpers.take_over(before.kept_helpers(), self.blocks)
+        events = [event for fd in before.take_all(EVENTS) for event in read_events(fd)]
+        self.helpers.take_over(before.kept_helpers(), self.blocks, events)
+        self._store.remove(EVENTS)
+        self.fault_threads.start(_cpus(self.options.fault_threads))  # nobody is served before what was read is known
 
     def _listened(self) -> None:
         """A migration has handed its memory out."""

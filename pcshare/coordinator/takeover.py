@@ -35,6 +35,7 @@ EVENTS, NEXT_COMMAND = "events", "next"  # the keeper writes the one and reads t
 SOURCE, EXPORT = "source.", "export."  # and the block's index, or the address's place
 READER, WRITER = "ro.", "rw."  # and the helper's slot: its control socket and its uffd
 
+# A record is struct kept_maps of core/fault_thread.h, which keeps the maps up to date.
 _RECORD_HEAD = struct.Struct("<IIII")  # block index, n maps, pid, uid
 _MAP = struct.Struct("<QQQ")  # client_addr, offset, length
 _MAPS_MAX = 16  # WIRE_MAPS_MAX
@@ -120,7 +121,7 @@ class HelperTable:
     def write(self, slot: int, block_index: int, pid: int, uid: int, maps: Sequence[Map]) -> None:
         record = _RECORD_HEAD.pack(block_index, len(maps), pid, uid)
         record += b"".join(_MAP.pack(one.client_addr, one.offset, one.length) for one in maps)
-        os.pwrite(self._fd.fileno(), record, slot * _RECORD_BYTES)
+        os.pwrite(self._fd.fileno(), record.ljust(_RECORD_BYTES, b"\0"), slot * _RECORD_BYTES)
 
     def read(self, kept: Kept) -> Iterator[KeptHelper]:
         """Everybody whose fds were kept; takes these out of kept."""

@@ -12,6 +12,7 @@
 #include "fault_internal.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <unistd.h>
 
 #include "place_gate.h"
@@ -62,6 +63,23 @@ static void settle(struct remote_fd *remote, const struct uffd_message *message,
         errand->error = -rc;
 }
 
+/* Before its helper can have done more: the coordinator after this one would not know where it faults. */
+static void keep_maps(const struct fault_threads *ft, const struct remote_fd *remote)
+{
+    struct kept_maps kept;
+    off_t at = (off_t)remote->kept_slot * (off_t)sizeof(kept);
+
+    if (ft->maps_fd < 0 || pread(ft->maps_fd, &kept, sizeof(kept), at) < (ssize_t)sizeof(kept) - (ssize_t)sizeof(kept.maps))
+        return;
+    kept.n_maps = remote_maps_describe(remote->maps, kept.maps);
+    (void)!pwrite(ft->maps_fd, &kept, sizeof(kept), at); /* the record is there: no memory is needed */
+}
+
+static int changes_maps(const struct uffd_message *message)
+{
+    return message->event == UFFD_MESSAGE_REMAP || message->event == UFFD_MESSAGE_UNMAP;
+}
+
 /* Faults whose addresses nothing explained yet, when all that was read has been settled. */
 static void settle_faults_again(struct remote_fd *remote, const struct uffd_message *messages, struct errand *errands,
                                 int n)
@@ -104,6 +122,9 @@ void follow_uffd(struct fault_worker *worker, struct remote_fd *remote)
     for (int i = 0; i < n; i++)
         settle(remote, &messages[i], &errands[i]);
     settle_faults_again(remote, messages, errands, n);
+    for (int i = 0; i < n; i++)
+        if (changes_maps(&messages[i]))
+            keep_maps(worker->ft, remote);
     place_gate_open(remote->block->gate);
     if (n < 0 && n != -EINTR)
         disable_remote(worker->ft, remote, -n, 0);
@@ -118,6 +139,12 @@ void follow_uffd(struct fault_worker *worker, struct remote_fd *remote)
         lift_what_was_left(worker->ft, remote);
 }
 
+int fault_threads_keep_maps(struct fault_threads *ft, int maps_fd)
+{
+    ft->maps_fd = fcntl(maps_fd, F_DUPFD_CLOEXEC, 0);
+    return ft->maps_fd < 0 ? -errno : 0;
+}
+
 void fault_threads_apply_event(struct fault_threads *ft, uint32_t id, const struct uffd_message *message)
 {
     struct remote_fd *remote = remote_by_id(ft, id);
@@ -128,6 +155,8 @@ void fault_threads_apply_event(struct fault_threads *ft, uint32_t id, const stru
     if (message->event != UFFD_MESSAGE_PAGEFAULT && remote->has_events && remote->block->gate) {
         place_gate_close(remote->block->gate);
         settle(remote, message, &errand);
+        if (changes_maps(message))
+            keep_maps(ft, remote);
         place_gate_open(remote->block->gate);
         run_errand(ft, NULL, remote, message, &errand);
     }

@@ -72,6 +72,7 @@ struct fault_threads {
     struct waiters waiters;
     struct stream stream;
     uint32_t demand_in_flight;
+    int maps_fd; /* struct kept_maps after struct kept_maps; -1: nobody wants them */
 
     pthread_mutex_t events_lock;
     int event_fd;

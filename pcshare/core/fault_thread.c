@@ -332,6 +332,7 @@ int fault_threads_new(struct fault_threads **ftp, struct status_header *status)
     pthread_mutex_init(&ft->table_lock, NULL);
     pthread_mutex_init(&ft->events_lock, NULL);
     waiters_init(&ft->waiters);
+    ft->maps_fd = -1;
     ft->quit_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     ft->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     int rc = ft->quit_fd < 0 || ft->event_fd < 0 ? -errno : stream_init(ft);
@@ -363,6 +364,8 @@ void fault_threads_free(struct fault_threads *ft)
         }
     }
     stream_deinit(ft);
+    if (ft->maps_fd >= 0)
+        close(ft->maps_fd);
     if (ft->quit_fd >= 0)
         close(ft->quit_fd);
     if (ft->event_fd >= 0)

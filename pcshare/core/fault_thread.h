@@ -47,10 +47,21 @@ enum {
     SOURCE_LOSS_POISON = 1,
 };
 
+/* What is kept of an attachment for the coordinator after this one, at its slot in a file of these. */
+struct kept_maps {
+    uint32_t block_index;
+    uint32_t n_maps;
+    uint32_t pid;
+    uint32_t uid;
+    struct wire_map maps[16];
+};
+
 struct fault_threads;
 
 /* status is the mapped status segment. */
 int fault_threads_new(struct fault_threads **ftp, struct status_header *status);
+/* Where a writable helper's maps are kept: written anew when it has moved or unmapped something. Copies the fd. */
+int fault_threads_keep_maps(struct fault_threads *ft, int maps_fd);
 /* Starts n threads, each pinned to one of the n cpus (-1: not pinned), and returns when all run. */
 int fault_threads_start(struct fault_threads *ft, const int32_t *cpus, uint32_t n);
 /* Quits and joins them and the stream. Twice is fine. */

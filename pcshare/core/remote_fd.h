@@ -33,6 +33,7 @@ struct remote_fd {
     uint32_t demands_in_flight;  /* pages that the source was asked for because it faulted */
     struct ramblock *block;
     struct remote_maps *maps;
+    uint32_t kept_slot;  /* its record among the kept maps */
     uint64_t probe_addr; /* somewhere in its address space */
     int must_lift;       /* a poison mark could not be lifted, since it was changing its address space */
     int32_t home_cpu;  /* the only CPU whose fault thread polls it; -1: all do. The home_ fields are fault_home.c's */

@@ -104,6 +104,18 @@ uint32_t remote_maps_spans(struct remote_maps *m, uint64_t client_addr, uint64_t
     return (uint32_t)n;
 }
 
+uint32_t remote_maps_describe(struct remote_maps *m, struct wire_map maps[REMOTE_MAPS_MAX])
+{
+    pthread_mutex_lock(&m->lock);
+    uint32_t n = m->n;
+    for (uint32_t i = 0; i < n; i++)
+        maps[i] = (struct wire_map){.client_addr = m->of[i].client_addr,
+                                    .offset = m->of[i].page * m->page_size,
+                                    .length = m->of[i].length};
+    pthread_mutex_unlock(&m->lock);
+    return n;
+}
+
 /* ---- changing ---- */
 
 static void draft_from(struct draft *d, const struct remote_maps *m)

@@ -38,6 +38,8 @@ uint32_t remote_maps_places(struct remote_maps *m, uint64_t page, struct remote_
 /* The pages of the block of which all lies in [client_addr, + length): how many spans. */
 uint32_t remote_maps_spans(struct remote_maps *m, uint64_t client_addr, uint64_t length,
                            struct remote_span spans[REMOTE_MAPS_MAX]);
+/* All of it, as it goes over the wire: how many maps. */
+uint32_t remote_maps_describe(struct remote_maps *m, struct wire_map maps[REMOTE_MAPS_MAX]);
 /* What [from_addr, + length) shows is shown at to_addr as well. -ENOSPC: in more pieces than fit; then nothing changed.
  */
 int remote_maps_move(struct remote_maps *m, uint64_t from_addr, uint64_t to_addr, uint64_t length);
