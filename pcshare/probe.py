@@ -505,6 +505,11 @@ def wanted_features(offered: tuple[str, ...], *, writing: bool = False, strict: 
     return sum(uffd.FEATURES[name] for name in wanted.intersection(offered))
 
 
+def is_strict(features: int) -> bool:
+    """Whether helpers' uffds opened with these are registered for MINOR faults too."""
+    return any(features & uffd.FEATURES[name] for name in FEATURES_STRICT)
+
+
 def check_strict(page_size: int, report: HostReport) -> None:
     """Refuses --strict where this kernel cannot tell that a page is there before a helper reads it."""
     name = "MINOR_SHMEM" if page_size == report.page_size else "MINOR_HUGETLBFS"

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 
-from pcshare import protocol
+from pcshare import probe, protocol
 from pcshare.coordinator.blocks import Block, Blocks
 from pcshare.coordinator.helpers import Helpers
 from pcshare.coordinator.options import Options
@@ -140,7 +140,7 @@ class Handshake:
         flags |= WelcomeFlag.COMPLETE if block.state is State.END else 0
         flags |= WelcomeFlag.WRITABLE if ram.writable else 0
         flags |= WelcomeFlag.DEVICE if with_device else 0
-        flags |= WelcomeFlag.STRICT if self._options.strict else 0
+        flags |= WelcomeFlag.STRICT if probe.is_strict(self._features[mode]) else 0
         if array is not None:
             flags |= WelcomeFlag.ARRAY | (WelcomeFlag.FORTRAN if array.fortran else 0)
         return Welcome(

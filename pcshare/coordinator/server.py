@@ -225,7 +225,7 @@ class Server:
             options.helpers_max,
             self._store,
             table,
-            strict=options.strict,
+            strict=probe.is_strict(self._features[Mode.RO]),  # after a takeover what it was before
         )
         self._closing.callback(self.helpers.close)
 
