@@ -119,10 +119,20 @@ class FaultThreads:
         lib.fault_threads_hold_stream(self.pointer)
 
     def add_remote(
-        self, block: RAMBlock, uffd: OwnedFd, control: OwnedFd, maps: Sequence[tuple[int, int, int]], status: Any
+        self,
+        block: RAMBlock,
+        uffd: OwnedFd,
+        control: OwnedFd,
+        maps: Sequence[tuple[int, int, int]],
+        status: Any,
+        *,
+        has_events: bool = False,
+        strict: bool = False,
+        kept_slot: int = 0,
     ) -> int:
         """A helper's uffd with its maps (client_addr, offset in the block, length; bytes). Both fds are consumed.
-        Returns its id."""
+        has_events: it may write the block, and its uffd tells what it removes and moves; strict: it is registered for
+        MINOR faults too; kept_slot: its record in the file of keep_maps(). Returns its id."""
         rows = [
             {"client_addr": addr, "length": length, "page": offset // block.page_size} for addr, offset, length in maps
         ]
@@ -137,9 +147,18 @@ class FaultThreads:
             status,
         )
         check(rc, "registering a remote fd")
+        remote[0].has_events, remote[0].is_strict, remote[0].kept_slot = has_events, strict, kept_slot
         number = ffi.new("uint32_t *")
         check(lib.fault_threads_add_remote(self.pointer, remote[0], number), "polling a remote fd")
         return int(number[0])
+
+    def keep_maps(self, maps_fd: int) -> None:
+        """A file of struct kept_maps: the maps of who moves and unmaps its memory are kept up to date there."""
+        check(lib.fault_threads_keep_maps(self.pointer, maps_fd), "keeping helpers' maps")
+
+    def apply_event(self, remote_id: int, message: Any) -> None:
+        """Does what a struct uffd_message says that somebody else has read from a remote fd."""
+        lib.fault_threads_apply_event(self.pointer, remote_id, message)
 
     def remove_remote(self, remote_id: int) -> None:
         check(lib.fault_threads_remove_remote(self.pointer, remote_id), "removing a remote fd")

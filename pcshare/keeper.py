@@ -47,6 +47,20 @@ def exec_under_keeper(command: list[str]) -> None:
     os.execv(path, [path, "--", *command])
 
 
+def read_events(events_fd: OwnedFd) -> list[tuple[int, Any]]:
+    """What a keeper wrote down while no coordinator was there: (helper's slot, struct uffd_message), in order."""
+    size, length = ffi.sizeof("struct keeper_event"), os.fstat(events_fd.fileno()).st_size
+    content = ffi.new("struct keeper_event[]", length // size)
+    with open(events_fd.fileno(), "rb", closefd=False, buffering=0) as file:
+        file.seek(0)
+        file.readinto(ffi.buffer(content))
+    return [(int(one.slot), _copied(one.message)) for one in content]
+
+
+def _copied(message: Any) -> Any:
+    return ffi.new("struct uffd_message *", message)
+
+
 class Keeper:
     """The connection to a keeper; owns its socket, and the process if it was spawned here."""
 

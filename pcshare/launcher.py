@@ -124,7 +124,8 @@ class Coordinator:
     blocks: {block: source}, or "BLOCK=SOURCE" or "SOURCE" texts as on the command line. stream: "eager", "lazy",
     "paused", or bytes a second such as "200M". page_size: "4K", "2M", or bytes. exports: addresses on which the blocks
     are given out over NBD, a path with a "/", HOST:PORT, or :PORT of this host alone; the attribute has them as bound.
-    keeper: whether a coordinator that is killed is started again. on_event is called in a thread of its own; for PROBE
+    keeper: whether a coordinator that is killed is started again. strict: each page is looked at before a helper reads
+    it. on_event is called in a thread of its own; for PROBE
     a text it returns, or an exception, is a veto with that reason.
     Errors: what the coordinator refused, as the class of pcshare.errors that fits.
     """
@@ -151,6 +152,7 @@ class Coordinator:
         keeper: bool = True,
         helpers_max: int | None = None,
         fault_timeout_s: float = 0.0,
+        strict: bool = False,
     ) -> None:
         self.name = _unique_name() if name is None else runtime.check_name(name)
         self.pid: int | None = None
@@ -174,6 +176,8 @@ class Coordinator:
             self._options.append("--no-keeper")
         if helpers_max is not None:
             self._options.append(f"--helpers-max={helpers_max}")
+        if strict:
+            self._options.append("--strict")
         if fault_threads is not None:
             self._options.append(f"--fault-threads={fault_threads}")
         if orphan_timeout_s is not None:

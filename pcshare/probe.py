@@ -27,8 +27,15 @@ FEATURES_REQUIRED = ("MISSING_SHMEM", "THREAD_ID")
 FEATURES_OPTIONAL = {
     "MISSING_HUGETLBFS": "blocks with huge pages (--page-size 2M)",
     "POISON": "the policy poison: a touch of a lost page as SIGBUS",
-    "MINOR_SHMEM": "finding a foreign page before a helper reads it",
+    "MINOR_SHMEM": "finding a foreign page before a helper reads it (--strict)",
+    "MINOR_HUGETLBFS": "the same in blocks with huge pages",
+    "EVENT_REMOVE": "pages that a writable helper removes staying zeros",
+    "EVENT_UNMAP": "following what a writable helper unmaps",
+    "EVENT_REMAP": "following what a writable helper moves",
 }
+FEATURES_ALWAYS = ("MISSING_SHMEM", "THREAD_ID", "MISSING_HUGETLBFS", "POISON")
+FEATURES_WRITING = ("EVENT_REMOVE", "EVENT_UNMAP", "EVENT_REMAP")  # not FORK, which needs a privilege
+FEATURES_STRICT = ("MINOR_SHMEM", "MINOR_HUGETLBFS")
 IOCTLS_REQUIRED = ("REGISTER", "UNREGISTER")
 PAGE_IOCTLS_REQUIRED = ("WAKE", "COPY", "ZEROPAGE")
 HUGE_PAGE_SIZE_MAX = 2 << 20  # RAMBLOCK_PAGE_SIZE_MAX: what the core has a zero page for
@@ -403,9 +410,11 @@ def _find_features(report: HostReport) -> list[Finding]:
 
 
 def _mend_feature(name: str) -> str:
-    return {"POISON": "boot Linux 6.6 or later", "MINOR_SHMEM": "boot Linux 5.14 or later"}.get(
-        name, "boot Linux 4.11 or later"
-    )
+    return {
+        "POISON": "boot Linux 6.6 or later",
+        "MINOR_SHMEM": "boot Linux 5.14 or later",
+        "MINOR_HUGETLBFS": "boot Linux 5.13 or later",
+    }.get(name, "boot Linux 4.11 or later")
 
 
 def _find_huge_pages(report: HostReport) -> Finding:
@@ -485,10 +494,30 @@ def judge(report: HostReport) -> list[Finding]:
     return found
 
 
-def wanted_features(offered: tuple[str, ...]) -> int:
-    """The features that every uffd of a coordinator and its helpers is opened with: what is used, and no event."""
-    wanted = ("MISSING_SHMEM", "THREAD_ID", "MISSING_HUGETLBFS", "POISON")
-    return sum(uffd.FEATURES[name] for name in wanted if name in offered)
+def wanted_features(offered: tuple[str, ...], *, writing: bool = False, strict: bool = False) -> int:
+    """The features that a helper's uffd is opened with: what is used, as far as this kernel has it.
+
+    Events only for who may write: a helper hangs in madvise, munmap or mremap until somebody reads them. Without
+    POISON a helper whose coordinator is lost maps over its own pages, and would wait for itself with UNMAP."""
+    wanted = {*FEATURES_ALWAYS, *(FEATURES_WRITING if writing else ()), *(FEATURES_STRICT if strict else ())}
+    if "POISON" not in offered:
+        wanted.discard("EVENT_UNMAP")
+    return sum(uffd.FEATURES[name] for name in wanted.intersection(offered))
+
+
+def is_strict(features: int) -> bool:
+    """Whether helpers' uffds opened with these are registered for MINOR faults too."""
+    return any(features & uffd.FEATURES[name] for name in FEATURES_STRICT)
+
+
+def check_strict(page_size: int, report: HostReport) -> None:
+    """Refuses --strict where this kernel cannot tell that a page is there before a helper reads it."""
+    name = "MINOR_SHMEM" if page_size == report.page_size else "MINOR_HUGETLBFS"
+    if name not in report.features:
+        raise HostError(
+            f"--strict needs the userfaultfd feature {name}, which this kernel does not offer",
+            hint=f"{_mend_feature(name)}, or leave --strict out",
+        )
 
 
 def check_page_size(page_size: int, report: HostReport) -> None:

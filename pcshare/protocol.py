@@ -35,6 +35,7 @@ class WelcomeFlag(enum.IntFlag):
     DEVICE = 4  # an open /dev/userfaultfd comes along
     ARRAY = 8  # dtype, shape and data_offset are filled in
     FORTRAN = 16  # the array is in Fortran order
+    STRICT = 32  # the helper registers for MINOR faults too
 
 
 class AdminOp(enum.IntEnum):

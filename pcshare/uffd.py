@@ -61,7 +61,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a uffd; ``fork_fd`` is the caller's to close, -1 if there is none."""
+    """One message of a uffd; ``fork_fd`` is the caller's to close, -1 if there is none. to_addr: of REMAP."""
 
     event: int
     fault_addr: int
@@ -69,6 +69,7 @@ class Message:
     tid: int
     flags: int
     fork_fd: int
+    to_addr: int = 0
 
 
 class Uffd(OwnedFd):
@@ -131,7 +132,7 @@ class Uffd(OwnedFd):
         """What waits, up to n messages; never blocks."""
         raw = ffi.new("struct uffd_message[]", n)
         count = check(lib.uffd_read(self.fileno(), raw, n), "cannot read from a userfaultfd")
-        return [Message(m.event, m.fault_addr, m.length, m.tid, m.flags, m.fork_fd) for m in raw[0:count]]
+        return [Message(m.event, m.fault_addr, m.length, m.tid, m.flags, m.fork_fd, m.to_addr) for m in raw[0:count]]
 
     def inspect(self, wanted_features: int) -> int:
         """Refuses an fd that is no uffd or whose handshake had other features.

@@ -145,7 +145,13 @@ class Rig:
         return rc, placed[0]
 
     def add_remote(
-        self, ram: RAMBlock, helper: Child, maps: list[tuple[int, int, int]] | None = None
+        self,
+        ram: RAMBlock,
+        helper: Child,
+        maps: list[tuple[int, int, int]] | None = None,
+        *,
+        has_events: bool = False,
+        strict: bool = False,
     ) -> tuple[int, socket.socket]:
         """(id, the helper's end of the control socket)"""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -153,7 +159,8 @@ class Rig:
         status.state = lib.STATUS_HELPER_ATTACHED
         self._slots += 1
         maps = maps or [(helper.addr, 0, ram.map_length)]
-        number = self.threads.add_remote(ram, OwnedFd(os.dup(helper.uffd)), OwnedFd(ours.detach()), maps, status)
+        uffd, control = OwnedFd(os.dup(helper.uffd)), OwnedFd(ours.detach())
+        number = self.threads.add_remote(ram, uffd, control, maps, status, has_events=has_events, strict=strict)
         return number, theirs
 
     def remove_block(self, index: int) -> None:

@@ -183,9 +183,9 @@ def test_unpoison_after_placing_makes_the_page_readable(sixteen: Memory) -> None
         assert helper.answer() == b"x"
 
 
-def test_unpoison_of_an_absent_page_and_of_no_mapping_is_no_error(sixteen: Memory) -> None:
+def test_unpoison_of_an_absent_page_says_so_and_of_no_mapping_is_no_error(sixteen: Memory) -> None:
     with child(sixteen.memfd, sixteen.length) as helper, remote_of(helper, make_block()) as remote:
-        assert lib.remote_fd_unpoison(remote, 3) == 0
+        assert lib.remote_fd_unpoison(remote, 3) == -errno.EFAULT
         helper.tell("unmap")
         assert helper.answer() == b"done"
         assert lib.remote_fd_unpoison(remote, 3) == 0

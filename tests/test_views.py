@@ -29,6 +29,7 @@ BLOCK = BlockStatus(
     zero_pages=0,
     foreign_pages=0,
     lost_pages=0,
+    removed_pages=0,
     bitmap_offset=0,
 )
 WAITED = Blocktime(p50=12.5, p99=1500.0, max=2_000_000, total=2_100_000, buckets=(0,) * 32)

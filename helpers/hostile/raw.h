@@ -173,7 +173,8 @@ static int raw_open_uffd(struct raw *r, uint64_t features)
 static int raw_register(struct raw *r)
 {
     int protection = PROT_READ | (r->welcome.mode == WIRE_MODE_RO ? 0 : PROT_WRITE);
-    int rc = uffd_register(r->uffd, (uintptr_t)r->data, r->welcome.map_length, UFFD_MODE_MISSING, NULL);
+    uint64_t mode = UFFD_MODE_MISSING | (r->welcome.flags & WIRE_WELCOME_STRICT ? UFFD_MODE_MINOR : 0);
+    int rc = uffd_register(r->uffd, (uintptr_t)r->data, r->welcome.map_length, mode, NULL);
     if (rc)
         return rc;
     return mprotect(r->data, r->welcome.map_length, protection) ? -errno : 0;

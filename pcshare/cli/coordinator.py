@@ -286,6 +286,7 @@ def _options(given: dict[str, Any]) -> Options:
         findable=given["user"] is not None,
         fault_timeout_s=given["fault_timeout"],
         helpers_per_uid=given["helpers_per_uid"] or 0,
+        strict=given["strict"],
         **more,
     )
 

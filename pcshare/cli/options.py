@@ -162,12 +162,18 @@ _SERVING = (
         help="How long a page that somebody waits for may take before the block is paused or, with --on-source-loss "
         "poison, the page is lost; 0: for ever.",
     ),
+    click.option(
+        "--strict",
+        is_flag=True,
+        help="Look at each page before a helper reads it: finds foreign pages in time, costs a fault for each page.",
+    ),
 )
 
 
 def coordinator_options(function: Decorated) -> Decorated:
     """The options of whoever starts a coordinator: stream, page_size, writable, on_source_loss, source_timeout (s),
-    allow_uid, allow_gid, fault_threads, orphan_timeout (s), device_state, notifier_timeout (s), fault_timeout (s)."""
+    allow_uid, allow_gid, fault_threads, orphan_timeout (s), device_state, notifier_timeout (s), fault_timeout (s),
+    strict."""
     for option in reversed(_SERVING):
         function = option(function)
     return function

@@ -10,9 +10,9 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from pcshare import protocol, trace
+from pcshare import probe, protocol, trace
 from pcshare.coordinator.blocks import Block, Blocks
 from pcshare.coordinator.helpers import Helpers
 from pcshare.coordinator.options import Options
@@ -35,7 +35,7 @@ class Handshake:
         options: Options,
         blocks: Blocks,
         helpers: Helpers,
-        features: int,
+        features: Mapping[Mode, int],
         device: OwnedFd | None,
         status_fd: int,
         operator: Callable[[Admin | Replace], None],
@@ -142,6 +142,7 @@ class Handshake:
         flags |= WelcomeFlag.COMPLETE if block.state is State.END else 0
         flags |= WelcomeFlag.WRITABLE if ram.writable else 0
         flags |= WelcomeFlag.DEVICE if with_device else 0
+        flags |= WelcomeFlag.STRICT if probe.is_strict(self._features[mode]) else 0
         if array is not None:
             flags |= WelcomeFlag.ARRAY | (WelcomeFlag.FORTRAN if array.fortran else 0)
         return Welcome(
@@ -151,7 +152,7 @@ class Handshake:
             ram.used_length,
             ram.page_size,
             ram.map_length,
-            self._features,
+            self._features[mode],
             round(self._options.orphan_timeout_s * 1000),
             ram.idstr,
             array.dtype if array else "",
@@ -166,8 +167,7 @@ class Handshake:
         if block.state is State.END:
             self.connection.send(protocol.pack_ack(0, WelcomeFlag.COMPLETE))
             return self._end()
-        may_write = self._mode is Mode.RW
-        helper = self._helpers.attach(block, self.connection, uffd_fd, message.maps, may_write=may_write)
+        helper = self._helpers.attach(block, self._mode, self.connection, uffd_fd, message.maps)
         self.attached = True
         self._helpers.tell(helper, protocol.pack_ack(helper.slot))
         trace.step("acked", block_index=block.index, subject=helper.slot)

@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -29,7 +29,7 @@ from pcshare.fault_thread import (
     FaultThreads,
 )
 from pcshare.fds import OwnedFd, close_aside
-from pcshare.protocol import Map
+from pcshare.protocol import Map, Mode
 from pcshare.status import SegmentWriter
 from pcshare.store import FdStore
 from pcshare.transport import Connection, PeerCredentials
@@ -71,10 +71,12 @@ class Helpers:
         self,
         segment: SegmentWriter,
         fault_threads: FaultThreads,
-        features: int,
+        features: Mapping[Mode, int],
         helpers_max: int,
         store: FdStore,
         table: HelperTable,
+        *,
+        strict: bool = False,
     ) -> None:
         self._segment = segment
         self._fault_threads = fault_threads
@@ -83,6 +85,7 @@ class Helpers:
         self._helpers_per_uid = 0
         self._store = store
         self._table = table
+        self._strict = strict
         self._by_id: dict[int, Helper] = {}
         self._by_identity: dict[int, Helper] = {}
         self._free_slots = deque(range(helpers_max))  # the one that is free longest comes first
@@ -123,25 +126,19 @@ class Helpers:
     # -- attaching
 
     def attach(
-        self, block: Block, connection: Connection, uffd_fd: OwnedFd, maps: tuple[Map, ...], *, may_write: bool
+        self, block: Block, mode: Mode, connection: Connection, uffd_fd: OwnedFd, maps: tuple[Map, ...]
     ) -> Helper:
         """Takes over a helper's uffd. What is wrong with it or its maps is a RemoteProtocolError."""
         self.check_room(connection.credentials().uid)
         check_maps(block, maps)
         with Uffd(uffd_fd.detach()) as uffd:
-            return self._register(block, connection, uffd, self._inspect(uffd), maps, may_write)
+            return self._register(block, mode, connection, uffd, self._inspect(uffd, mode), maps)
 
     def _register(
-        self,
-        block: Block,
-        connection: Connection,
-        uffd: Uffd,
-        identity: int,
-        maps: tuple[Map, ...],
-        may_write: bool,
+        self, block: Block, mode: Mode, connection: Connection, uffd: Uffd, identity: int, maps: tuple[Map, ...]
     ) -> Helper:
         """Kept first: should we die after that, the one after us answers its ATTACH."""
-        credentials = connection.credentials()
+        credentials, may_write = connection.credentials(), mode is Mode.RW
         self._segment.helper_slot(self._free_slots[0])  # has memory from here on, or there is no room: nothing is taken
         slot = self._free_slots.popleft()
         try:
@@ -151,7 +148,7 @@ class Helpers:
             self._table.write(slot, block.index, credentials.pid, credentials.uid, maps)
             self._store.put(kept_name(slot, may_write=may_write), [connection.fileno(), uffd.fileno()])
             trace.step("kept", block_index=block.index, subject=slot)
-            remote_id = self._serve(block, connection, uffd, maps, status)
+            remote_id = self._serve(block, connection, uffd, maps, slot, may_write)
             trace.step("registered", block_index=block.index, subject=slot)
         except BaseException:
             self._forget(slot, may_write)
@@ -160,10 +157,26 @@ class Helpers:
         self._segment.header.helpers_joined += 1
         return self._note(Helper(remote_id, slot, block, connection, credentials, identity, may_write))
 
-    def _serve(self, block: Block, connection: Connection, uffd: OwnedFd, maps: tuple[Map, ...], status: Any) -> int:
+    def _serve(
+        self,
+        block: Block,
+        connection: Connection,
+        uffd: OwnedFd,
+        maps: tuple[Map, ...],
+        slot: int,
+        may_write: bool,
+    ) -> int:
         """From here on its faults are answered: its id. uffd is consumed."""
+        status = self._segment.helper_slot(slot)
         remote_id = self._fault_threads.add_remote(
-            block.ram, uffd, connection.dup(), [(m.client_addr, m.offset, m.length) for m in maps], status
+            block.ram,
+            uffd,
+            connection.dup(),
+            [(m.client_addr, m.offset, m.length) for m in maps],
+            status,
+            has_events=may_write,
+            strict=self._strict,
+            kept_slot=slot,
         )
         if not self._fault_threads.is_alive(remote_id):
             self._fault_threads.remove_remote(remote_id)
@@ -180,9 +193,10 @@ class Helpers:
 
     # -- taking over
 
-    def take_over(self, kept: Iterable[KeptHelper], blocks: Blocks) -> None:
-        """Serves who was attached to the coordinator before this one. Who died meanwhile is let go; everybody else is
-        told that another one serves, and faults again where it waits."""
+    def take_over(self, kept: Iterable[KeptHelper], blocks: Blocks, events: Iterable[tuple[int, Any]]) -> None:
+        """Takes over who was attached to the coordinator before this one, before a fault thread runs. events: what the
+        keeper has read meanwhile from the slots' uffds. Who died meanwhile is let go; everybody else is told that
+        another one serves, and faults again where it waits."""
         taken: dict[int, Helper] = {}
         for one in kept:
             try:
@@ -190,6 +204,9 @@ class Helpers:
             except (PcshareError, OSError, KeyError) as error:
                 log.info("helper %d has gone meanwhile: %s", one.pid, error)
                 self._store.remove(kept_name(one.slot, may_write=one.may_write))
+        for slot, message in events:
+            if slot in taken:
+                self._fault_threads.apply_event(taken[slot].remote_id, message)
         for slot in self._segment.used_helper_slots():
             if slot not in taken:  # it has gone, or its fds were not kept and it comes again by itself
                 self._segment.clear_helper(slot)
@@ -210,8 +227,8 @@ class Helpers:
             self._segment.header.helpers_joined += 1
         status.waiting = 0  # who waits faults again, and is counted again
         with uffd:
-            identity = uffd.inspect(self._features)
-            remote_id = self._serve(block, connection, uffd, one.maps, status)
+            identity = uffd.inspect(self._features[Mode.RW if one.may_write else Mode.RO])
+            remote_id = self._serve(block, connection, uffd, one.maps, one.slot, one.may_write)
         helper = Helper(
             remote_id,
             one.slot,
@@ -232,9 +249,9 @@ class Helpers:
             self.tell(helper, protocol.pack_ack(helper.slot))
         self._fault_threads.wake_remote(helper.remote_id)
 
-    def _inspect(self, uffd: Uffd) -> int:
+    def _inspect(self, uffd: Uffd, mode: Mode) -> int:
         try:
-            identity = uffd.inspect(self._features)
+            identity = uffd.inspect(self._features[mode])
         except PcshareError as error:
             close_aside(uffd)
             raise RemoteProtocolError(f"ATTACH: {error.message}", errno=error.errno, hint=error.hint) from None
@@ -333,6 +350,7 @@ _OFFENCES = {
     errno.ENOBUFS: "it does not read the answers to its requests",
     errno.EPROTO: "it sent what is no message of an attached helper",
     errno.ERANGE: "it asked for a range outside the block",
+    errno.ENOSPC: "its mapping fell into more pieces than are followed (16)",
     errno.EUSERS: f"it waits for more than {DEMANDS_IN_FLIGHT_MAX} pages at once, the most for a helper "
     "(FAULT_DEMANDS_IN_FLIGHT_MAX; no option changes it: several attachments may have as many each)",
     errno.EDQUOT: f"it asked for more than {REQUESTS_IN_FLIGHT_MAX} ranges at once, the most for a helper "

@@ -42,6 +42,7 @@ class Options:
     findable: bool = False  # its socket lies where all look, whoever may attach: it is not its starter's (--user)
     fault_timeout_s: float = 0.0
     helpers_per_uid: int = 0
+    strict: bool = False  # helpers register for MINOR faults too
 
     @property
     def takes_migration(self) -> bool:

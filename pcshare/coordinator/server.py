@@ -29,6 +29,7 @@ from pcshare.coordinator.options import STREAM_EAGER, STREAM_LAZY, STREAM_PAUSED
 from pcshare.coordinator.parent import ParentLink
 from pcshare.coordinator.takeover import (
     DEVICE,
+    EVENTS,
     EXPORT,
     HELPER_TABLE,
     INCOMING,
@@ -46,9 +47,9 @@ from pcshare.coordinator.takeover import (
 from pcshare.errors import PcshareError, UsageError
 from pcshare.fault_thread import EventKind, FaultThreads, default_cpus
 from pcshare.fds import OwnedFd
-from pcshare.keeper import Keeper
+from pcshare.keeper import Keeper, read_events
 from pcshare.notifier import Change, NotifierChain
-from pcshare.protocol import Admin, AdminOp, Replace
+from pcshare.protocol import Admin, AdminOp, Mode, Replace
 from pcshare.state import State
 from pcshare.store import FdStore
 from pcshare.trace import TraceFile
@@ -142,7 +143,7 @@ class Server:
         options, before = self.options, self._predecessor
         report = probe.require_host(options.page_size)
         self._check_options(report)
-        self._features = before.state.features if before else probe.wanted_features(report.features)
+        self._features = before.state.features if before else _features(report, strict=options.strict)
         _raise_fd_limit()
         path = self._socket_path = before.state.socket_path if before else self._take_name()
         listening = before.take_numbered(EXPORT) if before else {}
@@ -177,6 +178,8 @@ class Server:
             self.exports.start(self._socket_path, self.options.name, self.blocks)
 
     def _check_options(self, report: probe.HostReport) -> None:
+        if self.options.strict:
+            probe.check_strict(self.options.page_size, report)
         if self.options.poison and "POISON" not in report.features:
             raise UsageError(
                 "--on-source-loss poison needs the userfaultfd feature POISON, which this kernel does not offer",
@@ -215,12 +218,20 @@ class Server:
         self._closing.callback(self.blocks.close)
         self.fault_threads.set_fault_timeout(options.fault_timeout_s)
         self.fault_threads.hold_stream()  # not before every block is there; we may yet die on the way
-        self.fault_threads.start(_cpus(options.fault_threads))
+        if before is None:
+            self.fault_threads.start(_cpus(options.fault_threads))
         table = before.helpers if before else HelperTable()
+        self.fault_threads.keep_maps(table.fileno())
         self._closing.callback(table.close)
         self._store.put(HELPER_TABLE, [table.fileno()] if before is None else [])
         self.helpers = Helpers(
-            self._segment, self.fault_threads, self._features, options.helpers_max, self._store, table
+            self._segment,
+            self.fault_threads,
+            self._features,
+            options.helpers_max,
+            self._store,
+            table,
+            strict=probe.is_strict(self._features[Mode.RO]),  # after a takeover what it was before
         )
         self.helpers.limit_users(options.helpers_per_uid)
         self._closing.callback(self.helpers.close)
@@ -258,7 +269,10 @@ class Server:
         self.blocks.drop_unclaimed()
         self._keeper.sweep()
         trace.step("blocks_taken")
-        self.helpers.take_over(before.kept_helpers(), self.blocks)
+        events = [event for fd in before.take_all(EVENTS) for event in read_events(fd)]
+        self.helpers.take_over(before.kept_helpers(), self.blocks, events)
+        self._store.remove(EVENTS)
+        self.fault_threads.start(_cpus(self.options.fault_threads))  # nobody is served before what was read is known
 
     def _listened(self) -> None:
         """A migration has handed its memory out."""
@@ -585,6 +599,11 @@ class Server:
         self._keeper.close()
         self._stop_read.close()
         self._stop_write.close()
+
+
+def _features(report: probe.HostReport, *, strict: bool) -> dict[Mode, int]:
+    """What helpers' uffds are opened with."""
+    return {mode: probe.wanted_features(report.features, writing=mode is Mode.RW, strict=strict) for mode in Mode}
 
 
 def _cpus(wanted: int | None) -> list[int]:

@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from pcshare import protocol, runtime
 from pcshare.errors import PcshareError, VersionMismatch
 from pcshare.fds import OwnedFd
-from pcshare.protocol import Map
+from pcshare.protocol import Map, Mode
 from pcshare.sources import SourceMemory
 from pcshare.store import FdStore, Kept
 from pcshare.transport import Connection
@@ -35,10 +35,11 @@ EVENTS, NEXT_COMMAND = "events", "next"  # the keeper writes the one and reads t
 SOURCE, EXPORT = "source.", "export."  # and the block's index, or the address's place
 READER, WRITER = "ro.", "rw."  # and the helper's slot: its control socket and its uffd
 
+# A record is struct kept_maps of core/fault_thread.h, which keeps the maps up to date.
 _RECORD_HEAD = struct.Struct("<IIII")  # block index, n maps, pid, uid
 _MAP = struct.Struct("<QQQ")  # client_addr, offset, length
 _MAPS_MAX = 16  # WIRE_MAPS_MAX
-_RECORD_BYTES = _RECORD_HEAD.size + _MAPS_MAX * _MAP.size
+_RECORD_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class KeptState:
 
     socket_path: str
     keeper: tuple[int, int]  # its pid and when it was started: it has the blocks, and no other one has
-    features: int  # what helpers' uffds were opened with
+    features: Mapping[Mode, int]  # what helpers' uffds were opened with
     blocks: tuple[KeptBlock, ...]
     ram_section_id: int | None = None  # of a migration that has come to LISTEN and is not over
 
@@ -84,7 +85,8 @@ class KeptState:
             )
         blocks = (KeptBlock(**{**one, "source": SourceMemory.from_json(one["source"])}) for one in told["blocks"])
         pid, start_ticks = told["keeper"]
-        return cls(told["socket_path"], (pid, start_ticks), told["features"], tuple(blocks), told["ram_section_id"])
+        features = {Mode(int(mode)): bits for mode, bits in told["features"].items()}
+        return cls(told["socket_path"], (pid, start_ticks), features, tuple(blocks), told["ram_section_id"])
 
 
 def _whole(fd: OwnedFd) -> bytes:
@@ -119,7 +121,7 @@ class HelperTable:
     def write(self, slot: int, block_index: int, pid: int, uid: int, maps: Sequence[Map]) -> None:
         record = _RECORD_HEAD.pack(block_index, len(maps), pid, uid)
         record += b"".join(_MAP.pack(one.client_addr, one.offset, one.length) for one in maps)
-        os.pwrite(self._fd.fileno(), record, slot * _RECORD_BYTES)
+        os.pwrite(self._fd.fileno(), record.ljust(_RECORD_BYTES, b"\0"), slot * _RECORD_BYTES)
 
     def read(self, kept: Kept) -> Iterator[KeptHelper]:
         """Everybody whose fds were kept; takes these out of kept."""

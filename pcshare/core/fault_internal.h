@@ -2,9 +2,9 @@
  * core.
  *
  * Files: fault_thread.c (threads and what they poll), fault_set.c (adding, finding, removing), request.c (a fault's way
- * to its page), demand.c (what faults ask of sources), fault_timeout.c (what takes too long), fault_home.c (which of
- * them answers), stream.c (all that is asked for without a fault), fault_control.c (messages of attached helpers),
- * fault_event.c (what Python is told).
+ * to its page), demand.c (what faults ask of sources), fault_timeout.c (what takes too long), fault_follow.c (what a
+ * writable helper does to its mapping), fault_home.c (which of them answers), stream.c (all that is asked for without a
+ * fault), fault_control.c (messages of attached helpers), fault_event.c (what Python is told).
  */
 #ifndef PCSHARE_FAULT_INTERNAL_H
 #define PCSHARE_FAULT_INTERNAL_H
@@ -82,6 +82,7 @@ struct fault_threads {
     pthread_mutex_t demands_lock; /* the remote fds' queues; short, no system call under it */
     uint64_t fault_timeout_ns; /* 0: never */
     uint64_t next_look_ns;     /* the stream's thread's */
+    int maps_fd; /* struct kept_maps after struct kept_maps; -1: nobody wants them */
 
     pthread_mutex_t events_lock;
     int event_fd;
@@ -107,6 +108,10 @@ void for_each_remote(struct fault_threads *ft, const struct ramblock *block,
                      void (*call)(struct remote_fd *remote, void *argument), void *argument);
 struct served_block *served_block_of(struct fault_threads *ft, const struct ramblock *block);
 
+/* fault_follow.c */
+/* Reads what waits on the uffd of a helper that may send events, most messages, and acts on it. */
+void follow_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t most);
+
 /* fault_home.c */
 /* A thread of the helper has faulted and been answered: now and then looks where it runs. */
 void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid);
@@ -115,9 +120,11 @@ void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_
 void request_shared_page(struct fault_threads *ft, struct fault_worker *worker, struct remote_fd *remote, uint64_t page,
                          uint32_t tid);
 /* Who waited is woken, ranges advance, completion is told. kind: whose counter the pages go to. */
-enum { PLACED_DEMAND = 1, PLACED_STREAM = 2 };
+enum { PLACED_DEMAND = 1, PLACED_STREAM = 2, REMOVED = 3 };
 void after_placing(struct fault_threads *ft, struct served_block *served, uint64_t page, uint64_t n, uint64_t placed,
                    int kind);
+/* Lifts the poison marks of pages that are received by now. */
+void lift_poison(struct fault_threads *ft, struct ramblock *block, uint64_t page, uint64_t n);
 /* Pages came because this helper asked. It may be gone by now. */
 void credit_helper(struct fault_threads *ft, uint32_t remote_id, uint64_t placed);
 /* A child of fork comes with the poison marks of its parent's copy-on-write mapping, also of pages that have come

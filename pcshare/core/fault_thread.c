@@ -49,12 +49,12 @@ void stop_polling_control(struct fault_threads *ft, struct remote_fd *remote)
     stop_polling(ft, remote->control);
 }
 
-/* Every worker polls every uffd; one of them reads the control sockets. */
+/* Every worker polls every uffd; one of them reads the control sockets. Before there is a worker: when they start. */
 int start_polling(struct fault_threads *ft, struct remote_fd *remote)
 {
     int rc = 0;
 
-    if (remote->control >= 0)
+    if (remote->control >= 0 && ft->n_workers)
         rc = poll_fd(&ft->workers[0], remote->control, POLL_CONTROL, remote->id);
     for (uint32_t i = 0; rc == 0 && i < ft->n_workers; i++)
         rc = poll_fd(&ft->workers[i], remote->uffd, POLL_UFFD, remote->id);
@@ -122,7 +122,12 @@ static void handle_uffd(struct fault_worker *worker, struct remote_fd *remote, u
         disable_remote(worker->ft, remote, EBADFD, 0);
         return;
     }
-    int n = uffd_read(remote->uffd, messages, batch_for(worker->ft, remote));
+    uint32_t most = batch_for(worker->ft, remote);
+    if (remote->has_events) {
+        follow_uffd(worker, remote, most);
+        return;
+    }
+    int n = uffd_read(remote->uffd, messages, most);
     if (n < 0 && n != -EINTR)
         disable_remote(worker->ft, remote, -n, 0);
     for (int i = 0; i < n; i++)
@@ -347,6 +352,7 @@ int fault_threads_new(struct fault_threads **ftp, struct status_header *status)
     pthread_mutex_init(&ft->events_lock, NULL);
     pthread_mutex_init(&ft->demands_lock, NULL);
     waiters_init(&ft->waiters);
+    ft->maps_fd = -1;
     ft->quit_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     ft->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     int rc = ft->quit_fd < 0 || ft->event_fd < 0 ? -errno : stream_init(ft);
@@ -379,6 +385,8 @@ void fault_threads_free(struct fault_threads *ft)
     }
     stream_deinit(ft);
     memory_room_put();
+    if (ft->maps_fd >= 0)
+        close(ft->maps_fd);
     if (ft->quit_fd >= 0)
         close(ft->quit_fd);
     if (ft->event_fd >= 0)

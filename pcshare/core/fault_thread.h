@@ -14,6 +14,7 @@
 #include "ramblock.h"
 #include "remote_fd.h"
 #include "status_segment.h"
+#include "uffd.h"
 
 enum {
     FAULT_THREADS_MAX = 64,
@@ -47,10 +48,22 @@ enum {
     SOURCE_LOSS_POISON = 1,
 };
 
+/* What is kept of an attachment for the coordinator after this one, at its slot in a file of these. */
+struct kept_maps {
+    uint32_t block_index;
+    uint32_t n_maps;
+    uint32_t pid;
+    uint32_t uid;
+    struct wire_map maps[16];
+    uint8_t reserved[112]; /* 512 bytes: none lies on two pages, so that none is half written by who is killed */
+};
+
 struct fault_threads;
 
 /* status is the mapped status segment. */
 int fault_threads_new(struct fault_threads **ftp, struct status_header *status);
+/* Where a writable helper's maps are kept: written anew when it has moved or unmapped something. Copies the fd. */
+int fault_threads_keep_maps(struct fault_threads *ft, int maps_fd);
 /* Starts n threads, each pinned to one of the n cpus (-1: not pinned), and returns when all run. */
 int fault_threads_start(struct fault_threads *ft, const int32_t *cpus, uint32_t n);
 /* Quits and joins them and the stream. Twice is fine. */
@@ -79,6 +92,10 @@ int fault_threads_remove_remote(struct fault_threads *ft, uint32_t id);
 int fault_threads_wake_remote(struct fault_threads *ft, uint32_t id);
 /* Cuts it off: no longer polled, its waits forgotten; its uffd stays open until it is removed. */
 int fault_threads_disable_remote(struct fault_threads *ft, uint32_t id, int error);
+/* Does what the fault threads do when they read this REMOVE, UNMAP or REMAP on the remote fd's uffd: for those that
+ * somebody else has read while no fault thread ran. Other messages are left alone: who waits in a fault is woken, and
+ * faults again. Before anything is placed in the block: the threads may be started after it. */
+void fault_threads_apply_event(struct fault_threads *ft, uint32_t id, const struct uffd_message *message);
 /* -ESRCH: its address space is gone, or there is no such remote fd; 0: it lives; -EINVAL: the kernel does not tell. */
 int fault_threads_probe_remote(struct fault_threads *ft, uint32_t id);
 

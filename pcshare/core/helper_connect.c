@@ -132,9 +132,8 @@ int link_send_attach(struct pcshare_attachment *a)
 {
     struct wire_attach attach = {
         .header = header_of(WIRE_ATTACH, sizeof(attach)),
-        .n_maps = 1,
-        .maps = {{.client_addr = (uintptr_t)a->data, .offset = 0, .length = a->info.map_length}},
     };
+    attach.n_maps = memory_find_maps(a, attach.maps);
     int rc = fd_message_send(a->socket, &attach, sizeof(attach), &a->uffd, 1, MSG_DONTWAIT);
 
     if (rc < 0 && rc != -EPIPE)

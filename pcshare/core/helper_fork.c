@@ -86,6 +86,7 @@ static void restore(struct pcshare_attachment *a)
                  a->socket_path);
     }
     a->next_try_ms = 0;
+    a->unread_looks = 0;
 }
 
 /* Was being attached by a thread that is not in the child: nobody will ask for it. A caller's mapping keeps its place.

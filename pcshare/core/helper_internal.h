@@ -29,8 +29,11 @@ enum {
     SOCKET_PATH_MAX = 108,              /* sun_path, with the final NUL */
     REATTACH_INTERVAL_MS = 100,         /* between two tries to find a coordinator again */
     REATTACH_ANSWER_MS = 10000,         /* a coordinator that has not answered by then is tried anew */
+    UNREAD_LOOK_MS = 100,               /* ORPHANED: between two looks for events that nobody reads */
+    UNREAD_LOOKS = 10,                  /* in a row that find something: then nobody else reads, for a second now */
     LOST_WAKE_INTERVAL_MS = 1000,       /* how soon a fault is seen that a dying coordinator had read */
     PROGRESS_SLICE_MS = 200,            /* how soon pcshare_wait_progress sees a change of state */
+    MAP_SLICE_BYTES = 64 << 20,         /* mapped at a time after an ensure, under the lock: some 7 ms */
     RELOCK_SLICE_BYTES = 64 << 20,      /* mlocked at a time, under the lock: some 25 ms */
     SENTINEL_MESSAGES_MAX = 64,         /* of one attachment before the next one's turn */
     SENTINEL_STACK_BYTES = 256 << 10,   /* small: under mlockall all of it is locked memory */
@@ -101,11 +104,14 @@ struct pcshare_attachment {
     uint64_t map_at_length;
     int was_locked; /* mlockall(MCL_FUTURE) had locked it: locked again when complete */
     int thp_switched_off;
+    int is_strict;              /* registered for MINOR faults too */
     uint64_t relock_offset;     /* what of it is locked again; map_length: nothing to do */
     uint64_t features;          /* of the uffd */
     uint64_t orphan_timeout_ms; /* 0: for ever */
     int64_t orphan_since_ms;
     int64_t next_try_ms; /* ORPHANED: to connect, or to give up waiting for an answer; LOST: to wake everybody */
+    int64_t next_unread_look_ms;
+    int unread_looks; /* how many in a row have found something unread */
     dev_t memfd_device;
     ino_t memfd_inode;
     struct status_view *view;
@@ -190,8 +196,12 @@ int memory_guard_in_child(struct pcshare_attachment *a);
 void memory_complete(struct pcshare_attachment *a);
 /* Locks the next slice again. */
 void memory_relock_some(struct pcshare_attachment *a);
+/* Of a strict attachment: maps what is received of the range, so that touching it asks nobody. */
+void memory_map_received(struct pcshare_attachment *a, uint64_t offset, uint64_t length);
 /* Makes a touch of the page at client_addr SIGBUS, unless the page is here; wakes who waits for it. */
 void memory_give_up_page(struct pcshare_attachment *a, uint64_t client_addr);
+/* Where the block is mapped here by now, in pieces: how many. The caller may have moved and unmapped some of it. */
+uint32_t memory_find_maps(const struct pcshare_attachment *a, struct wire_map maps[WIRE_MAPS_MAX]);
 void memory_release(struct pcshare_attachment *a, int keep_reserved);
 
 /* helper_life.c */

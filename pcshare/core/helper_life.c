@@ -76,6 +76,7 @@ static void become_orphaned(struct pcshare_attachment *a)
     }
     a->orphan_since_ms = helper_now_ms();
     a->next_try_ms = a->orphan_since_ms + REATTACH_INTERVAL_MS;
+    a->unread_looks = 0;
     attachment_set_state(a, PCSHARE_ORPHANED);
 }
 
@@ -217,8 +218,9 @@ static void serve_orphaned(struct pcshare_attachment *a, int64_t now_ms)
 
 /* ---- the own uffd, when nobody else reads it ---- */
 
-/* LOST: answers every fault. ORPHANED: only takes events, for which madvise or munmap wait; a fault that is read here
- * is not lost, since everybody is woken at the next change of state. */
+/* LOST: answers every fault. ORPHANED: only takes events, for which madvise or munmap wait, and which nobody else has
+ * taken for a while: whoever will serve must hear which pages were removed. A fault that is read here is not lost, since
+ * everybody is woken at the next change of state. */
 static void read_own_uffd(struct pcshare_attachment *a)
 {
     struct uffd_message messages[UFFD_READ_MAX];
@@ -235,7 +237,25 @@ static void read_own_uffd(struct pcshare_attachment *a)
 
 int life_reads_own_uffd(const struct pcshare_attachment *a)
 {
-    return a->state == PCSHARE_LOST || (a->state == PCSHARE_ORPHANED && (a->features & EVENT_FEATURES));
+    return a->state == PCSHARE_LOST;
+}
+
+static int looks_for_unread(const struct pcshare_attachment *a)
+{
+    return a->state == PCSHARE_ORPHANED && (a->features & EVENT_FEATURES);
+}
+
+static void look_for_unread(struct pcshare_attachment *a, int64_t now_ms)
+{
+    struct pollfd uffd = {.fd = a->uffd, .events = POLLIN};
+
+    if (now_ms < a->next_unread_look_ms)
+        return;
+    a->next_unread_look_ms = now_ms + UNREAD_LOOK_MS;
+    if (poll(&uffd, 1, 0) != 1)
+        a->unread_looks = 0;
+    else if (++a->unread_looks >= UNREAD_LOOKS)
+        read_own_uffd(a);
 }
 
 /* A coordinator that said BYE, or only lost its socket, may still have read a fault before it ended. */
@@ -260,6 +280,8 @@ void life_serve(struct pcshare_attachment *a)
 
     if (life_reads_own_uffd(a))
         read_own_uffd(a);
+    if (looks_for_unread(a))
+        look_for_unread(a, now_ms);
     if (a->state == PCSHARE_ATTACHED)
         serve_attached(a);
     else if (a->state == PCSHARE_ORPHANED)
@@ -286,5 +308,7 @@ int64_t life_next_look_ms(const struct pcshare_attachment *a)
     if (a->state != PCSHARE_ORPHANED)
         return INT64_MAX;
     lost_at_ms = a->orphan_timeout_ms ? a->orphan_since_ms + (int64_t)a->orphan_timeout_ms : INT64_MAX;
+    if (looks_for_unread(a) && a->next_unread_look_ms < lost_at_ms)
+        lost_at_ms = a->next_unread_look_ms;
     return a->next_try_ms < lost_at_ms ? a->next_try_ms : lost_at_ms;
 }

@@ -6,7 +6,8 @@
  * real protection;
  *  - unregistering wakes who waits, and lets it read a zero page: so PROT_NONE again before it, unless every page is
  * here;
- *  - munmap wakes nobody, and with UFFD_EVENT_UNMAP it waits for a reader: so unregister before it;
+ *  - munmap wakes nobody, and with UFFD_EVENT_UNMAP it waits for a reader, who may be the sentinel: so unregister before
+ * it, all of it, also where the caller has unmapped parts and the kernel refuses the whole;
  *  - a private mapping reserves memory for all of it unless MAP_NORESERVE;
  *  - a read-only fd of a sealed block cannot be registered through a shared mapping, through a private one it can;
  *  - CONTINUE answers whether a page is present (EFAULT: no) in any registered mapping of a memfd, also if only MISSING
@@ -21,6 +22,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 #include "bitmap.h"
 #include "helper_internal.h"
@@ -214,7 +216,8 @@ static void unlock(struct pcshare_attachment *a)
 
 static int guard(struct pcshare_attachment *a)
 {
-    int rc = uffd_register(a->uffd, (uintptr_t)a->data, a->info.map_length, UFFD_MODE_MISSING, NULL);
+    uint64_t mode = UFFD_MODE_MISSING | (a->is_strict ? UFFD_MODE_MINOR : 0);
+    int rc = uffd_register(a->uffd, (uintptr_t)a->data, a->info.map_length, mode, NULL);
 
     if (rc < 0)
         return step_failed(a, "registering with userfaultfd", -rc);
@@ -248,6 +251,60 @@ int memory_guard_in_child(struct pcshare_attachment *a)
     return guard(a);
 }
 
+/* ---- where it is by now ---- */
+
+/* Of one line of /proc/PID/maps, if it shows this block. Other attachments' mappings do no harm: nothing comes from
+ * them through this uffd. */
+static int parse_map(const struct pcshare_attachment *a, const char *line, struct wire_map *map)
+{
+    unsigned device_major, device_minor;
+    uint64_t start, end, offset, inode;
+
+    if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %*s %" SCNx64 " %x:%x %" SCNu64, &start, &end, &offset, &device_major,
+               &device_minor, &inode) != 6)
+        return 0;
+    if (inode != (uint64_t)a->memfd_inode || makedev(device_major, device_minor) != a->memfd_device)
+        return 0;
+    if (offset >= a->info.map_length)
+        return 0;
+    *map = (struct wire_map){.client_addr = start, .offset = offset, .length = end - start};
+    if (map->length > a->info.map_length - offset)
+        map->length = a->info.map_length - offset;
+    return 1;
+}
+
+static int is_one_piece(const struct wire_map *low, const struct wire_map *high)
+{
+    return low->client_addr + low->length == high->client_addr && low->offset + low->length == high->offset;
+}
+
+static uint32_t whole_map(const struct pcshare_attachment *a, struct wire_map *map)
+{
+    *map = (struct wire_map){.client_addr = (uintptr_t)a->data, .offset = 0, .length = a->info.map_length};
+    return 1;
+}
+
+uint32_t memory_find_maps(const struct pcshare_attachment *a, struct wire_map maps[WIRE_MAPS_MAX])
+{
+    int may_differ = a->state == PCSHARE_ORPHANED && (a->features & UFFD_FEATURE_BIT_EVENT_REMAP);
+    FILE *file = may_differ ? fopen("/proc/self/maps", "re") : NULL;
+    struct wire_map map;
+    char line[512];
+    uint32_t n = 0;
+
+    while (file && n <= WIRE_MAPS_MAX && fgets(line, sizeof(line), file)) {
+        if (!parse_map(a, line, &map))
+            continue;
+        if (n > 0 && is_one_piece(&maps[n - 1], &map))
+            maps[n - 1].length += map.length;
+        else if (n++ < WIRE_MAPS_MAX)
+            maps[n - 1] = map;
+    }
+    if (file)
+        fclose(file);
+    return n > 0 && n <= WIRE_MAPS_MAX ? n : whole_map(a, maps); /* cut off at its first fault elsewhere */
+}
+
 /* ---- the end of the guard ---- */
 
 void memory_complete(struct pcshare_attachment *a)
@@ -261,6 +318,20 @@ void memory_complete(struct pcshare_attachment *a)
     fd_close(&a->uffd);
     fd_close(&a->memfd);
     fd_close(&a->device);
+}
+
+/* A page that is mapped already, or was removed, is left out. */
+void memory_map_received(struct pcshare_attachment *a, uint64_t offset, uint64_t length)
+{
+    uint64_t page = offset / a->info.page_size, last = (offset + length + a->info.page_size - 1) / a->info.page_size, done;
+
+    for (page = bitmap_next_set(a->view->received, page, last); page < last;
+         page = bitmap_next_set(a->view->received, page, last)) {
+        uint64_t end = bitmap_next_clear(a->view->received, page, last);
+        (void)uffd_continue(a->uffd, (uintptr_t)a->data + page * a->info.page_size, (end - page) * a->info.page_size,
+                            &done);
+        page += done ? done / a->info.page_size : 1;
+    }
 }
 
 /* For kernels without POISON (before 6.6): a page beyond the end of an empty file is SIGBUS as well. */
@@ -286,16 +357,40 @@ static int page_is_here(const struct pcshare_attachment *a, uint64_t addr)
     return uffd_continue(a->uffd, addr, a->info.page_size, &done) != -EFAULT;
 }
 
+/* Received, and not here: a helper has removed it, and it is zeros. */
+static int bring_back_removed(const struct pcshare_attachment *a, uint64_t addr)
+{
+    uint64_t done;
+
+    if (a->info.mode != PCSHARE_RW || !bitmap_test(a->view->received, (addr - (uintptr_t)a->data) / a->info.page_size))
+        return 0;
+    int rc = uffd_zeropage(a->uffd, addr, a->info.page_size, &done);
+    return rc == 0 || rc == -EEXIST; /* refused of huge pages */
+}
+
+static int has_moved(const struct pcshare_attachment *a, uint64_t addr)
+{
+    return addr - (uintptr_t)a->data >= a->info.map_length;
+}
+
+/* Of a page that mremap has moved nothing is known but that it is missing. */
+static int page_can_be_had(const struct pcshare_attachment *a, uint64_t addr)
+{
+    uint64_t done;
+
+    if (has_moved(a, addr))
+        return uffd_continue(a->uffd, addr, a->info.page_size, &done) != -EFAULT;
+    return page_is_here(a, addr) || bring_back_removed(a, addr);
+}
+
 void memory_give_up_page(struct pcshare_attachment *a, uint64_t client_addr)
 {
     uint64_t done, addr = client_addr & ~(a->info.page_size - 1);
     int rc;
 
-    if (addr - (uintptr_t)a->data >= a->info.map_length)
-        return; /* moved by mremap: no longer ours */
-    if (!page_is_here(a, addr)) {
+    if (!page_can_be_had(a, addr)) {
         rc = uffd_poison(a->uffd, addr, a->info.page_size, &done);
-        if (rc == -EINVAL || rc == -ENOTTY)
+        if ((rc == -EINVAL || rc == -ENOTTY) && !has_moved(a, addr))
             put_hole_over(a, (char *)(uintptr_t)addr);
     }
     /* Whatever came of it: who is not helped faults again, and we see it again. */
@@ -316,13 +411,46 @@ static void give_back_reserved(struct pcshare_attachment *a)
         munmap((char *)a->data + kept, a->info.map_length - kept);
 }
 
+/* What is done to a piece of the mapping; a negative errno where it cannot be done to all of it. */
+typedef int piece_step(const struct pcshare_attachment *a, char *piece, uint64_t length);
+
+static int make_inaccessible(const struct pcshare_attachment *a, char *piece, uint64_t length)
+{
+    (void)a;
+    return mprotect(piece, length, PROT_NONE) < 0 ? -errno : 0;
+}
+
+static int unregister_piece(const struct pcshare_attachment *a, char *piece, uint64_t length)
+{
+    return uffd_unregister(a->uffd, (uintptr_t)piece, length);
+}
+
+/* All at once, or, where the caller has unmapped some of it or mapped something there, one mapping after the other. */
+static void each_piece(const struct pcshare_attachment *a, piece_step *step)
+{
+    uintptr_t first = (uintptr_t)a->data, last = first + a->info.map_length, start, end;
+    FILE *maps = step(a, a->data, a->info.map_length) < 0 ? fopen("/proc/self/maps", "re") : NULL;
+    char line[512];
+
+    while (maps && fgets(line, sizeof(line), maps)) {
+        if (sscanf(line, "%" SCNxPTR "-%" SCNxPTR " ", &start, &end) != 2 || end <= first || start >= last)
+            continue;
+        start = start < first ? first : start;
+        end = end > last ? last : end;
+        (void)step(a, (char *)start, end - start);
+    }
+    if (maps)
+        fclose(maps);
+}
+
 void memory_release(struct pcshare_attachment *a, int keep_reserved)
 {
     if (!a->data)
         return;
     /* Who waits there is woken by this, and meets SIGSEGV, not zeros. */
-    if (mprotect(a->data, a->info.map_length, PROT_NONE) == 0 && a->uffd >= 0)
-        uffd_unregister(a->uffd, (uintptr_t)a->data, a->info.map_length);
+    each_piece(a, make_inaccessible);
+    if (a->uffd >= 0)
+        each_piece(a, unregister_piece);
     if (keep_reserved)
         give_back_reserved(a);
     else

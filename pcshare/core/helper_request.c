@@ -198,7 +198,7 @@ static int request_failed(const struct pcshare_attachment *a, const struct helpe
     }
 }
 
-/* Puts the request on its way and waits; the lock is released meanwhile. */
+/* Puts the request on its way and waits; the lock is released meanwhile, so the caller counts itself. */
 static int request_run(struct pcshare_attachment *a, struct helper_request *request, int64_t deadline_ms)
 {
     int rc;
@@ -208,7 +208,6 @@ static int request_run(struct pcshare_attachment *a, struct helper_request *requ
         requests_send(a);
     if (!request->is_sent)
         sentinel_wake(); /* it sends the rest when the socket takes more */
-    a->references++;
     library_unlock();
     rc = request_wait(request, deadline_ms);
     library_lock();
@@ -217,6 +216,33 @@ static int request_run(struct pcshare_attachment *a, struct helper_request *requ
     else
         request_unlink(a, request);
     return rc;
+}
+
+static uint64_t slice_of(uint64_t length)
+{
+    return length < MAP_SLICE_BYTES ? length : MAP_SLICE_BYTES;
+}
+
+/* The lock is given away now and then; who has it meanwhile may end the attachment. */
+static void map_ensured(struct pcshare_attachment *a, uint64_t offset, uint64_t length)
+{
+    while (length > 0 && a->is_strict && a->uffd >= 0 && a->data) {
+        memory_map_received(a, offset, slice_of(length));
+        offset += slice_of(length);
+        length -= slice_of(length);
+        library_unlock();
+        library_lock();
+    }
+}
+
+/* What ensure waits for; *requestp says what was lost. */
+static int ensure_received(struct pcshare_attachment *a, struct helper_request *request, int64_t deadline_ms)
+{
+    if (range_is_received(a, request->offset, request->length))
+        return 0;
+    if (a->state == PCSHARE_LOST)
+        return lost_connection(a);
+    return request_failed(a, request, request_run(a, request, deadline_ms));
 }
 
 int pcshare_ensure(struct pcshare_attachment *a, uint64_t offset, uint64_t length, int64_t timeout_ms,
@@ -228,17 +254,13 @@ int pcshare_ensure(struct pcshare_attachment *a, uint64_t offset, uint64_t lengt
 
     library_lock();
     rc = check_range(a, offset, length);
-    if (rc < 0 || range_is_received(a, offset, length)) {
-        library_unlock();
-        return rc;
+    if (rc == 0) {
+        a->references++;
+        rc = ensure_received(a, &request, deadline_ms);
+        if (rc == 0)
+            map_ensured(a, offset, length);
+        attachment_put(a);
     }
-    if (a->state == PCSHARE_LOST) {
-        rc = lost_connection(a);
-        library_unlock();
-        return rc;
-    }
-    rc = request_failed(a, &request, request_run(a, &request, deadline_ms));
-    attachment_put(a);
     library_unlock();
     if (lost_offsetp)
         *lost_offsetp = request.lost_offset;

@@ -207,6 +207,7 @@ int link_accept_welcome(struct pcshare_attachment *a, struct link_message *m, in
     if (rc == 0) {
         fill_info(&a->info, w);
         a->features = w->features;
+        a->is_strict = (w->flags & WIRE_WELCOME_STRICT) != 0;
         a->orphan_timeout_ms = orphan_timeout_of(w);
         a->memfd_device = st.st_dev;
         a->memfd_inode = st.st_ino;
@@ -243,7 +244,8 @@ static int is_same_block(const struct pcshare_attachment *a, const struct wire_w
 {
     return memfd_stat->st_dev == a->memfd_device && memfd_stat->st_ino == a->memfd_inode &&
            w->map_length == a->info.map_length && w->used_length == a->info.used_length &&
-           w->page_size == a->info.page_size && w->features == a->features;
+           w->page_size == a->info.page_size && w->features == a->features &&
+           ((w->flags & WIRE_WELCOME_STRICT) != 0) == a->is_strict;
 }
 
 int link_recognise_welcome(struct pcshare_attachment *a, struct link_message *m, int *is_completep)

@@ -265,6 +265,8 @@ static int start_child(struct care *c)
     pid_t self = getpid();
 
     take_next_command(c);
+    if (c->has_served)
+        store_prepare_events(c->store);
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
         return -errno;
     if (socketpair(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0, told) < 0) {
@@ -433,10 +435,10 @@ static int turn(struct care *c, struct pollfd **polledp)
     wait_for_something(c, polled, n);
     if (polled[AT_STORE].revents)
         hear_store(c);
+    if (any_readable(polled, AT_WRITERS, n)) /* before HELLO is answered: whoever says it reads what is written down */
+        store_read_writers(c->store);
     if (polled[AT_KEEPER].revents)
         hear_keeper_socket(c);
-    if (any_readable(polled, AT_WRITERS, n))
-        store_read_writers(c->store);
     if (polled[AT_PIDFD].revents && !bury(c))
         return 0;
     if (c->child.pid || (now_ms() < c->start_at_ms && !forwarded))

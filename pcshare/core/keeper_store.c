@@ -246,6 +246,11 @@ static int events_file(struct store *s)
     return fd < 0 || store_put(s, STORE_EVENTS, fd) < 0 ? -1 : fd;
 }
 
+void store_prepare_events(struct store *s)
+{
+    (void)events_file(s); /* without memory for it: tried again when there is something to write */
+}
+
 static void write_down(struct store *s, const char *name, const struct uffd_message *message)
 {
     struct keeper_event event = {.slot = (uint32_t)atoi(name + strlen(STORE_WRITER_PREFIX)), .message = *message};

@@ -49,5 +49,7 @@ int store_steal(struct store *s, const char *name);
 uint32_t store_writers(const struct store *s, struct pollfd *polled);
 /* Reads them, once round, and writes down what was an event. */
 void store_read_writers(struct store *s);
+/* Makes the file for that, so that a coordinator which is started now gets it with the rest. */
+void store_prepare_events(struct store *s);
 
 #endif

@@ -15,6 +15,7 @@
 #include "bitmap.h"
 #include "error.h"
 #include "memory_room.h"
+#include "place_gate.h"
 #include "trace.h"
 #include "uffd.h"
 
@@ -369,6 +370,8 @@ static int make(struct ramblock *b, enum origin origin, const struct ramblock_ex
         hold_no_holes(b);
     if (rc == 0)
         rc = make_bitmaps(b);
+    if (rc == 0 && b->writable)
+        rc = place_gate_new(&b->gate);
     if (rc == 0 && origin == ORIGIN_DEFERRED)
         rc = prepare_memory(b, text);
     if (rc == 0)
@@ -443,6 +446,7 @@ void ramblock_free(struct ramblock *b)
     bitmap_free(b->poisoned, b->page_count);
     bitmap_free(b->lifted, b->page_count);
     bitmap_free(b->recovered, b->page_count);
+    place_gate_free(b->gate);
     free(b->data);
     free(b);
 }
@@ -633,17 +637,11 @@ static int place_run(struct ramblock *b, uint64_t page, uint64_t n, const uint8_
 }
 
 /* bytes NULL: zeros. */
-static int place_pages(struct ramblock *b, uint64_t page, uint64_t n_pages, const uint8_t *bytes,
-                       uint64_t *placed_pagesp)
+static int place_between(struct ramblock *b, uint64_t page, uint64_t end, const uint8_t *bytes, uint64_t *placed_pagesp)
 {
-    uint64_t end = page + n_pages, at = page;
-    int rc = n_pages ? reserve_bits(b, page, end) : 0;
+    uint64_t at = page;
+    int rc;
 
-    *placed_pagesp = 0;
-    if (rc == 0 && !needs_every_page(b)) /* huge pages were set aside when the block was made */
-        rc = memory_room_take(n_pages * b->page_size);
-    if (rc < 0)
-        return rc;
     while (at < end) {
         uint64_t run = acquire_run(b, at, end);
         if (run == 0) {
@@ -655,7 +653,44 @@ static int place_pages(struct ramblock *b, uint64_t page, uint64_t n_pages, cons
             return rc;
         at += run;
     }
-    return *placed_pagesp ? RAMBLOCK_PLACED : RAMBLOCK_PRESENT;
+    return 0;
+}
+
+/* Inside the gate from the look at the received bits to the end of the COPY: what is removed meanwhile is not placed.
+ */
+static int place_gated(struct ramblock *b, uint64_t page, uint64_t end, const uint8_t *bytes, uint64_t *placed_pagesp)
+{
+    uint64_t most = b->page_size < PLACE_GATE_BYTES ? PLACE_GATE_BYTES / b->page_size : 1;
+    int rc = 0;
+
+    for (uint64_t at = page; at < end && rc == 0; at += most) {
+        place_gate_enter(b->gate);
+        rc = place_between(b, at, at + most < end ? at + most : end, bytes ? bytes + (at - page) * b->page_size : NULL,
+                           placed_pagesp);
+        place_gate_leave(b->gate);
+    }
+    return rc;
+}
+
+/* Before anybody is kept waiting for these pages: their bits, and where there is a limit their memory, have room. */
+static int make_room(struct ramblock *b, uint64_t page, uint64_t n_pages)
+{
+    int rc = n_pages ? reserve_bits(b, page, page + n_pages) : 0;
+
+    if (rc == 0 && !needs_every_page(b)) /* huge pages were set aside when the block was made */
+        rc = memory_room_take(n_pages * b->page_size);
+    return rc;
+}
+
+static int place_pages(struct ramblock *b, uint64_t page, uint64_t n_pages, const uint8_t *bytes,
+                       uint64_t *placed_pagesp)
+{
+    *placed_pagesp = 0;
+    int rc = make_room(b, page, n_pages);
+    if (rc == 0)
+        rc = b->gate ? place_gated(b, page, page + n_pages, bytes, placed_pagesp)
+                     : place_between(b, page, page + n_pages, bytes, placed_pagesp);
+    return rc < 0 ? rc : *placed_pagesp ? RAMBLOCK_PLACED : RAMBLOCK_PRESENT;
 }
 
 int ramblock_place(struct ramblock *b, uint64_t page, uint64_t n_pages, const void *bytes, uint64_t *placed_pagesp)
@@ -693,6 +728,25 @@ int ramblock_revive(struct ramblock *b, uint64_t page)
     if (rc == 0)
         count(&b->status->zero_pages, 1);
     return rc;
+}
+
+/* Whole runs at a time: a helper may remove terabytes at once, and placers wait meanwhile. */
+uint64_t ramblock_remove(struct ramblock *b, uint64_t start_page, uint64_t end_page)
+{
+    uint64_t removed = 0, page = ramblock_next_missing(b, start_page, end_page);
+
+    while (page < end_page) {
+        uint64_t extent_end = b->data[extent_after(b, page)].end;
+        uint64_t end = bitmap_next_set(b->received, page, extent_end < end_page ? extent_end : end_page);
+        bitmap_set_range(b->received, page, end);
+        removed += end - page;
+        page = ramblock_next_missing(b, end, end_page);
+    }
+    count(&b->status->received_pages, removed);
+    count(&b->status->removed_pages, removed);
+    discount(&b->missing_pages, removed);
+    trace_point(TRACE_REMOVE, b->index, 0, start_page, end_page - start_page);
+    return removed;
 }
 
 int ramblock_discard(struct ramblock *b, uint64_t start_page, uint64_t n_pages)

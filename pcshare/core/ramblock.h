@@ -7,6 +7,7 @@
  *  - a page that is received yet faults in a writable block was removed by a helper and comes back as zeros;
  *  - a coordinator that is killed may leave pages that are placed and not yet received: no foreign pages, if the block
  * is taken over, though in a read-only one the source's bytes are stored over them once more;
+ *  - one that is removed before it was received counts as received from then on, and is never placed (place_gate.h);
  *  - hugetlb offers no ZEROPAGE: one shared zero page of the largest size is copied instead.
  */
 #ifndef PCSHARE_RAMBLOCK_H
@@ -33,6 +34,8 @@ struct ramblock_memory {
     int is_kept; /* 0: a deferred block, filled before anybody else had it; 1: one that a dead coordinator has served */
 };
 
+struct place_gate;
+
 struct ramblock {
     char idstr[64];
     uint64_t used_length;
@@ -50,6 +53,7 @@ struct ramblock {
     uint64_t place_addr; /* in the keeper */
     uint32_t keeper_block;
     struct keeper *keeper;
+    struct place_gate *gate; /* of a writable block: placing and reading its helpers' events keep apart. Else NULL */
     uint64_t *received;  /* in the status segment */
     uint64_t *reserved;  /* which pages of the received bitmap have memory: a bit each */
     uint64_t *placing;   /* who holds a page's bit may place it */
@@ -105,6 +109,9 @@ int ramblock_place_zero(struct ramblock *b, uint64_t page);
 int ramblock_place_zeros(struct ramblock *b, uint64_t page, uint64_t n_pages, uint64_t *placed_pagesp);
 /* A received page that faults: present (1), or removed by a helper and now zero again (0). */
 int ramblock_revive(struct ramblock *b, uint64_t page);
+/* A helper has removed these pages, which it does when its event is read; called while the gate is closed. Those that
+ * are data and not received count as received from now on: how many. Holes stay holes. */
+uint64_t ramblock_remove(struct ramblock *b, uint64_t start_page, uint64_t end_page);
 /* Forgets the memory and the received bits of n_pages from start_page. -EPERM: the block is sealed against it. */
 int ramblock_discard(struct ramblock *b, uint64_t start_page, uint64_t n_pages);
 

@@ -4,6 +4,7 @@
 #include <string.h>
 #include <unistd.h>
 #include "remote_fd.h"
+#include "remote_maps.h"
 #include "uffd.h"
 
 #define ADDRESS_SPACE_END ((1ull << 47) - 4096) /* of a process that asked for no more than 47 bits */
@@ -55,9 +56,10 @@ int remote_fd_new(struct remote_fd **rp, struct ramblock *block, int uffd, int c
     *rp = NULL;
     if (maps_are_valid(maps, n_maps, block)) {
         r = calloc(1, sizeof(*r));
-        rc = -ENOMEM;
+        rc = r ? remote_maps_new(&r->maps, maps, n_maps, block->page_size) : -ENOMEM;
     }
-    if (!r) {
+    if (rc < 0) {
+        free(r);
         close_fds(uffd, control);
         return rc;
     }
@@ -66,8 +68,7 @@ int remote_fd_new(struct remote_fd **rp, struct ramblock *block, int uffd, int c
     r->uffd = uffd;
     r->control = control;
     r->block = block;
-    r->n_maps = n_maps;
-    memcpy(r->maps, maps, n_maps * sizeof(maps[0]));
+    r->probe_addr = maps[0].client_addr;
     r->status = status;
     *rp = r;
     return 0;
@@ -90,37 +91,26 @@ void remote_fd_put(struct remote_fd *r)
         r->demands.head = first->next;
         free(first);
     }
+    remote_maps_free(r->maps);
     free(r);
 }
 
 int remote_fd_page(const struct remote_fd *r, uint64_t client_addr, uint64_t *pagep)
 {
-    for (uint32_t i = 0; i < r->n_maps; i++) {
-        const struct remote_map *map = &r->maps[i];
-
-        if (client_addr >= map->client_addr && client_addr - map->client_addr < map->length) {
-            *pagep = map->page + (client_addr - map->client_addr) / r->block->page_size;
-            return 0;
-        }
-    }
-    return -EFAULT;
+    return remote_maps_page(r->maps, client_addr, pagep);
 }
 
 typedef int page_verb(int uffd, uint64_t addr, uint64_t length);
 
-/* Does the verb in each map that shows the page; one that fails does not keep the others from it. The first error. */
-static int each_map(const struct remote_fd *r, uint64_t page, page_verb *verb)
+/* Does the verb wherever the page is shown; one that fails does not keep the others from it. The first error. */
+static int each_place(const struct remote_fd *r, uint64_t page, page_verb *verb)
 {
-    uint64_t page_size = r->block->page_size;
+    struct remote_place places[REMOTE_MAPS_MAX];
+    uint32_t n = remote_maps_places(r->maps, page, places);
     int rc = 0;
 
-    for (uint32_t i = 0; i < r->n_maps; i++) {
-        const struct remote_map *map = &r->maps[i];
-        int rc_here;
-
-        if (page < map->page || page - map->page >= map->length / page_size)
-            continue;
-        rc_here = verb(r->uffd, map->client_addr + (page - map->page) * page_size, page_size);
+    for (uint32_t i = 0; i < n; i++) {
+        int rc_here = verb(r->uffd, places[i].client_addr, r->block->page_size);
         if (rc == 0)
             rc = rc_here;
     }
@@ -129,7 +119,42 @@ static int each_map(const struct remote_fd *r, uint64_t page, page_verb *verb)
 
 int remote_fd_wake(const struct remote_fd *r, uint64_t page)
 {
-    return each_map(r, page, uffd_wake);
+    return each_place(r, page, uffd_wake);
+}
+
+static uint64_t at_most(uint64_t n, uint64_t most)
+{
+    return n < most ? n : most;
+}
+
+/* What follows comes with the call that maps the page and wakes; what lies before takes another. */
+static int give_place(const struct remote_fd *r, const struct remote_place *place, uint64_t before, uint64_t from)
+{
+    uint64_t done, page_size = r->block->page_size;
+    int rc = uffd_continue_wake(r->uffd, place->client_addr, at_most(place->pages_from, from) * page_size, &done);
+
+    if (!done) {
+        (void)uffd_wake(r->uffd, place->client_addr, page_size);
+        return rc == -EEXIST ? 0 : rc; /* mapped already: by another thread's fault */
+    }
+    before = at_most(place->pages_before, before);
+    if (before)
+        (void)uffd_continue(r->uffd, place->client_addr - before * page_size, before * page_size, &done);
+    return 0;
+}
+
+int remote_fd_give(const struct remote_fd *r, uint64_t page, uint64_t start, uint64_t end)
+{
+    struct remote_place places[REMOTE_MAPS_MAX];
+    uint32_t n = remote_maps_places(r->maps, page, places);
+    int rc = 0;
+
+    for (uint32_t i = 0; i < n; i++) {
+        int rc_here = give_place(r, &places[i], page - start, end - page);
+        if (rc == 0)
+            rc = rc_here;
+    }
+    return rc;
 }
 
 /* EEXIST: the page is mapped there, nothing to poison. */
@@ -143,30 +168,43 @@ static int poison_one(int uffd, uint64_t addr, uint64_t length)
 
 int remote_fd_poison(const struct remote_fd *r, uint64_t page)
 {
-    return r->is_own ? 0 : each_map(r, page, poison_one);
+    return r->is_own ? 0 : each_place(r, page, poison_one);
 }
 
-/* EEXIST: it is mapped, not poisoned. ENOENT: no longer a mapping of ours. EFAULT: the page is absent. */
+/* EEXIST: it is mapped, not poisoned. ENOENT: no longer a mapping of ours. */
 static int unpoison_one(int uffd, uint64_t addr, uint64_t length)
 {
     uint64_t done;
     int rc = uffd_continue(uffd, addr, length, &done);
 
-    return rc == -EEXIST || rc == -ENOENT || rc == -EFAULT ? 0 : rc;
+    return rc == -EEXIST || rc == -ENOENT ? 0 : rc;
 }
 
 int remote_fd_unpoison(const struct remote_fd *r, uint64_t page)
 {
-    return r->is_own ? 0 : each_map(r, page, unpoison_one);
+    return r->is_own ? 0 : each_place(r, page, unpoison_one);
+}
+
+int remote_fd_move(struct remote_fd *r, uint64_t from_addr, uint64_t to_addr, uint64_t length)
+{
+    return remote_maps_move(r->maps, from_addr, to_addr, length);
+}
+
+/* Who waited there would never be woken: woken now, it meets SIGSEGV as it must. */
+int remote_fd_cut(struct remote_fd *r, uint64_t client_addr, uint64_t length)
+{
+    (void)uffd_wake(r->uffd, client_addr, length);
+    return remote_maps_cut(r->maps, client_addr, length);
 }
 
 /* CONTINUE over a range that no mapping can hold (up to the end of the address space): the kernel first looks whether
- * there is an address space at all, then whether one mapping holds the whole range, and only then does something. */
+ * events of it are unread (EAGAIN: then a thread of it waits for that), then whether there is an address space at all,
+ * then whether one mapping holds the whole range, and only then does something. */
 int remote_fd_probe(const struct remote_fd *r)
 {
-    uint64_t addr = r->maps[0].client_addr, done;
+    uint64_t addr = r->probe_addr, done;
     uint64_t length = addr < ADDRESS_SPACE_END ? ADDRESS_SPACE_END - addr : r->block->page_size;
 
     int rc = uffd_continue(r->uffd, addr, length, &done);
-    return rc == -ENOENT ? 0 : rc == -ESRCH ? rc : -EINVAL;
+    return rc == -ENOENT || rc == -EAGAIN ? 0 : rc == -ESRCH ? rc : -EINVAL;
 }

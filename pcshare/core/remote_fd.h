@@ -1,5 +1,5 @@
 /* remote_fd: the coordinator's record of one helper's uffd: the fd, the control socket, the map from client addresses
- * to a block, statistics. The coordinator's own uffd is one of these too.
+ * to a block (remote_maps.h), statistics. The coordinator's own uffd is one of these too.
  *
  * A pid is never a key: a process may attach as often as it likes. Counted references: the fds close with the last one.
  * Never places a page through a helper's uffd: its owner can make that hang or fail.
@@ -32,10 +32,14 @@ struct remote_map {
     uint64_t page; /* the first page of the block that it shows */
 };
 
+struct remote_maps;
+
 struct remote_fd {
     int32_t references;
     uint32_t id; /* slot and generation; what events name it by */
     int is_own;  /* the coordinator's: never poisoned, has no control socket */
+    int has_events; /* a writable attachment: its uffd may send REMOVE, UNMAP and REMAP. Set before it is added */
+    int is_strict;  /* registered for MINOR faults too: a page is mapped there when it is received. Set before */
     int uffd;
     int control; /* -1: none */
     int disabled;
@@ -44,8 +48,10 @@ struct remote_fd {
     struct demand_queue demands; /* pages because it faulted */
     uint64_t range_turn;         /* the stream's: when a range of it had its last piece */
     struct ramblock *block;
-    uint32_t n_maps;
-    struct remote_map maps[16];
+    struct remote_maps *maps;
+    uint32_t kept_slot;  /* its record among the kept maps */
+    uint64_t probe_addr; /* somewhere in its address space */
+    int must_lift;       /* a poison mark could not be lifted, since it was changing its address space */
     int32_t home_cpu;  /* the only CPU whose fault thread polls it; -1: all do. The home_ fields are fault_home.c's */
     uint32_t home_tid; /* who faulted when somebody looked last */
     uint32_t home_faults; /* since it was added */
@@ -66,9 +72,17 @@ void remote_fd_put(struct remote_fd *r);
 int remote_fd_page(const struct remote_fd *r, uint64_t client_addr, uint64_t *pagep);
 /* Wakes whoever waits for the page, in each map that shows it. */
 int remote_fd_wake(const struct remote_fd *r, uint64_t page);
+/* Maps a page and wakes who waits for it; then as many of its neighbours in [start, end) as come without trouble. All of
+ * these must be received: what is mapped is read without a question. -EFAULT: the page is not in memory (a helper
+ * removed it). Whatever comes of it, who waits is woken. */
+int remote_fd_give(const struct remote_fd *r, uint64_t page, uint64_t start, uint64_t end);
 /* Makes a touch of the page SIGBUS, and takes that back. */
 int remote_fd_poison(const struct remote_fd *r, uint64_t page);
+/* -EAGAIN: not now, its address space is changing. -EFAULT: the page is not in memory. */
 int remote_fd_unpoison(const struct remote_fd *r, uint64_t page);
+/* What its address space became: REMAP, UNMAP. -ENOSPC: in more pieces than are followed. */
+int remote_fd_move(struct remote_fd *r, uint64_t from_addr, uint64_t to_addr, uint64_t length);
+int remote_fd_cut(struct remote_fd *r, uint64_t client_addr, uint64_t length);
 /* -ESRCH: the address space is gone (exit or exec); 0: it lives; -EINVAL: not to be known, as of a 32-bit process. */
 int remote_fd_probe(const struct remote_fd *r);
 

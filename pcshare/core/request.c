@@ -19,6 +19,8 @@
 enum { NOT_AT_HAND = 2 };                                    /* beside RAMBLOCK_PLACED and RAMBLOCK_PRESENT */
 enum { TOLD_RECEIVED = 1, TOLD_BEFORE = 2, TOLD_ASKED = 0 }; /* details of TRACE_REQUEST_SHARED */
 enum { PROGRESS_STEPS = 256 };
+enum { LIFT_TRIES_MAX = 1000 };       /* EAGAIN in a row: the helper's thread whose event was read has not run yet */
+enum { GIVE_BYTES_MAX = 64 << 10 };   /* mapped at one fault of a strict helper: 16 pages cost little more than one */
 
 uint64_t source_length(const struct ramblock *block, uint64_t page, uint64_t n)
 {
@@ -39,10 +41,14 @@ static void record_blocktime(struct fault_threads *ft, const struct remote_fd *r
         status_histogram_add(&ft->status->blocktime, us);
 }
 
+/* A strict helper is given a page that is received, and never one that is only there. */
 static void wake_remote(const struct remote_fd *remote, uint64_t page)
 {
-    trace_point(TRACE_WAKE, remote->block->index, remote->id, page, 0);
-    (void)remote_fd_wake(remote, page); /* one failing waker does not keep the others from being woken */
+    int gives = remote->is_strict && ramblock_is_received(remote->block, page);
+
+    trace_point(TRACE_WAKE, remote->block->index, remote->id, page, (uint64_t)gives);
+    /* One failing waker does not keep the others from being woken. */
+    (void)(gives ? remote_fd_give(remote, page, page, page + 1) : remote_fd_wake(remote, page));
 }
 
 /* One call wakes every thread of a remote fd that waits for the page. */
@@ -115,26 +121,48 @@ void credit_helper(struct fault_threads *ft, uint32_t remote_id, uint64_t placed
     remote_fd_put(remote);
 }
 
+struct lift {
+    uint64_t page;
+    int failed;
+};
+
 static void lift_one(struct remote_fd *remote, void *argument)
 {
-    uint64_t page = *(const uint64_t *)argument;
+    struct lift *lift = argument;
+    int rc, tries = 0;
 
-    if (!remote->is_own) {
-        (void)remote_fd_unpoison(remote, page);
-        (void)remote_fd_wake(remote, page);
+    if (remote->is_own)
+        return;
+    do {
+        rc = remote_fd_unpoison(remote, lift->page);
+        if (rc == -EFAULT && remote->block->writable)
+            (void)ramblock_revive(remote->block, lift->page);
+        else if (rc == -EAGAIN)
+            sched_yield();
+    } while ((rc == -EAGAIN || rc == -EFAULT) && ++tries < LIFT_TRIES_MAX);
+    if (rc == -EAGAIN) { /* its next message is answered by another try */
+        __atomic_store_n(&remote->must_lift, 1, __ATOMIC_RELEASE);
+        lift->failed = 1;
     }
+    (void)remote_fd_wake(remote, lift->page);
 }
 
-static void lift_poison(struct fault_threads *ft, struct ramblock *block, uint64_t page, uint64_t n)
+/* A mark goes when its page is mapped there. One that a helper removes must be in memory for that, and the helper may
+ * be about to remove it. */
+void lift_poison(struct fault_threads *ft, struct ramblock *block, uint64_t page, uint64_t n)
 {
     for (uint64_t i = bitmap_next_set(block->poisoned, page, page + n); i < page + n;
          i = bitmap_next_set(block->poisoned, i + 1, page + n)) {
+        struct lift lift = {.page = i};
+
         if (!ramblock_is_received(block, i))
             continue;
         bitmap_test_and_clear(block->poisoned, i);
         bitmap_test_and_set(block->lifted, i); /* first: who is added from now on looks there, who is here is told */
         __atomic_fetch_add(&block->n_lifted, 1, __ATOMIC_SEQ_CST);
-        for_each_remote(ft, block, lift_one, &i);
+        for_each_remote(ft, block, lift_one, &lift);
+        if (lift.failed)
+            bitmap_test_and_set(block->poisoned, i);
     }
     for (uint64_t i = bitmap_next_set(block->failed, page, page + n); i < page + n;
          i = bitmap_next_set(block->failed, i + 1, page + n))
@@ -173,9 +201,11 @@ void after_placing(struct fault_threads *ft, struct served_block *served, uint64
                    int kind)
 {
     struct ramblock *block = served->block;
-    uint64_t *counter = kind == PLACED_DEMAND ? &block->status->demand_pages : &block->status->stream_pages;
 
-    __atomic_fetch_add(counter, placed, __ATOMIC_RELAXED);
+    if (kind == PLACED_DEMAND)
+        __atomic_fetch_add(&block->status->demand_pages, placed, __ATOMIC_RELAXED);
+    else if (kind == PLACED_STREAM)
+        __atomic_fetch_add(&block->status->stream_pages, placed, __ATOMIC_RELAXED);
     wake_list(ft, waiters_take(&ft->waiters, block, page, n));
     lift_poison(ft, block, page, n);
     stream_note_received(ft, block, page, n);
@@ -339,16 +369,31 @@ static void wait_for_page(struct fault_threads *ft, struct served_block *served,
         demand_drop_remote(ft, remote);
 }
 
-/* A received page faults: the message is older than the page, or, in a writable block, a helper has removed the page.
- */
+/* With the received neighbours in its window: a strict helper is likely to touch them next. As the kernel does it. */
+static int give_window(const struct remote_fd *remote, uint64_t page)
+{
+    const struct ramblock *block = remote->block;
+    uint64_t window = block->page_size < GIVE_BYTES_MAX ? GIVE_BYTES_MAX / block->page_size : 1;
+    uint64_t first = page / window * window, start = page;
+    uint64_t last = block->page_count - first < window ? block->page_count : first + window;
+
+    while (start > first && ramblock_is_received(block, start - 1))
+        start--;
+    return remote_fd_give(remote, page, start, bitmap_next_clear(block->received, page, last));
+}
+
+/* A received page faults: the message is older than the page; or the helper is strict and touches it for the first
+ * time; or, in a writable block, a helper has removed it. */
 static void answer_received(struct fault_threads *ft, struct remote_fd *remote, uint64_t page, uint64_t now_ns)
 {
     struct ramblock *block = remote->block;
 
     trace_point(TRACE_REQUEST_SHARED, block->index, remote->id, page, TOLD_RECEIVED);
-    if (block->writable)
-        (void)ramblock_revive(block, page);
-    wake_remote(remote, page);
+    if (!remote->is_strict || give_window(remote, page) < 0) {
+        if (block->writable)
+            (void)ramblock_revive(block, page);
+        wake_remote(remote, page);
+    }
     record_blocktime(ft, remote, now_ns);
 }
 

@@ -72,6 +72,7 @@ struct status_block {
     uint64_t zero_pages;
     uint64_t foreign_pages;
     uint64_t lost_pages; /* asked for, failed for good, poisoned where touched */
+    uint64_t removed_pages; /* a helper removed them before they were received: zeros, and they count as received */
     uint32_t text_seq;
     uint32_t was_poisoned; /* some page was lost and poisoned once: marks may be left in helpers */
     char reason[256];

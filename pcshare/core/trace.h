@@ -36,12 +36,14 @@ enum {
     TRACE_PLACE_ZERO = 12,
     TRACE_PLACE_PRESENT = 13, /* EEXIST */
     TRACE_FOREIGN = 14,
-    TRACE_WAKE = 15, /* subject: helper */
+    TRACE_WAKE = 15, /* subject: helper; detail: 0, or with --strict pages mapped there at most */
     TRACE_POISON = 16,
     TRACE_SOURCE_ERROR = 17,   /* detail: errno */
     TRACE_STREAM_REQUEST = 18, /* detail: pages */
     TRACE_RANGE_REQUEST = 19,  /* detail: pages */
     TRACE_PLACED = 20,         /* the memory has it, the bitmap not yet; detail: pages */
+    TRACE_EVENT = 21,          /* subject: helper, page: the address; detail: UFFD_MESSAGE_* */
+    TRACE_REMOVE = 22,         /* a helper removed pages; detail: how many */
     /* the coordinator's Python; subject: the helper's slot */
     TRACE_WELCOMED = 40,
     TRACE_KEPT = 41, /* its fds are, for the coordinator after this one */

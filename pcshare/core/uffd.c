@@ -145,9 +145,9 @@ int uffd_copy(int uffd, uint64_t addr, const void *bytes, uint64_t length, uint6
     return rc;
 }
 
-static int range_verb(int uffd, unsigned long verb, uint64_t addr, uint64_t length, uint64_t *donep)
+static int range_verb(int uffd, unsigned long verb, uint64_t addr, uint64_t length, uint64_t mode, uint64_t *donep)
 {
-    struct range_verb request = {.range = {.start = addr, .len = length}, .mode = MODE_DONTWAKE};
+    struct range_verb request = {.range = {.start = addr, .len = length}, .mode = mode};
     int rc = ioctl(uffd, verb, &request) < 0 ? -errno : 0;
 
     *donep = request.done > 0 ? (uint64_t)request.done : 0;
@@ -156,17 +156,22 @@ static int range_verb(int uffd, unsigned long verb, uint64_t addr, uint64_t leng
 
 int uffd_zeropage(int uffd, uint64_t addr, uint64_t length, uint64_t *donep)
 {
-    return range_verb(uffd, UFFDIO_ZEROPAGE, addr, length, donep);
+    return range_verb(uffd, UFFDIO_ZEROPAGE, addr, length, MODE_DONTWAKE, donep);
 }
 
 int uffd_continue(int uffd, uint64_t addr, uint64_t length, uint64_t *donep)
 {
-    return range_verb(uffd, UFFDIO_CONTINUE, addr, length, donep);
+    return range_verb(uffd, UFFDIO_CONTINUE, addr, length, MODE_DONTWAKE, donep);
+}
+
+int uffd_continue_wake(int uffd, uint64_t addr, uint64_t length, uint64_t *donep)
+{
+    return range_verb(uffd, UFFDIO_CONTINUE, addr, length, 0, donep);
 }
 
 int uffd_poison(int uffd, uint64_t addr, uint64_t length, uint64_t *donep)
 {
-    return range_verb(uffd, UFFDIO_POISON, addr, length, donep);
+    return range_verb(uffd, UFFDIO_POISON, addr, length, MODE_DONTWAKE, donep);
 }
 
 int uffd_wake(int uffd, uint64_t addr, uint64_t length)
@@ -220,6 +225,7 @@ static void message_decode(struct uffd_message *message, const struct uffd_msg *
         break;
     case UFFD_EVENT_REMAP:
         message->fault_addr = raw->arg.remap.from;
+        message->to_addr = raw->arg.remap.to;
         message->length = raw->arg.remap.len;
         break;
     case UFFD_EVENT_REMOVE:

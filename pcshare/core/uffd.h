@@ -66,7 +66,8 @@ enum { UFFD_READ_MAX = 16 };
 
 struct uffd_message {
     uint64_t fault_addr; /* PAGEFAULT: where; REMOVE, UNMAP, REMAP: start */
-    uint64_t length;     /* REMOVE, UNMAP: bytes */
+    uint64_t length;     /* REMOVE, UNMAP, REMAP: bytes */
+    uint64_t to_addr;    /* REMAP: where it lies now */
     uint32_t event;      /* UFFD_MESSAGE_* */
     uint32_t tid;        /* PAGEFAULT with THREAD_ID */
     uint32_t flags;      /* PAGEFAULT: the kernel's UFFD_PAGEFAULT_FLAG_* */
@@ -91,6 +92,8 @@ int uffd_unregister(int uffd, uint64_t addr, uint64_t length);
 int uffd_copy(int uffd, uint64_t addr, const void *bytes, uint64_t length, uint64_t *donep);
 int uffd_zeropage(int uffd, uint64_t addr, uint64_t length, uint64_t *donep);
 int uffd_continue(int uffd, uint64_t addr, uint64_t length, uint64_t *donep);
+/* The same, and wakes who waits there. */
+int uffd_continue_wake(int uffd, uint64_t addr, uint64_t length, uint64_t *donep);
 int uffd_poison(int uffd, uint64_t addr, uint64_t length, uint64_t *donep);
 int uffd_wake(int uffd, uint64_t addr, uint64_t length);
 /* Wakes every waiter of the address space this uffd belongs to. */

@@ -128,6 +128,33 @@ static void move_waiters(struct wait_entry *entry, int keep_own, struct waiter *
     }
 }
 
+/* Whether the entry is gone. */
+static int take_entry(struct waiters *w, struct wait_entry **entryp, int keep_own, struct waiter **listp)
+{
+    move_waiters(*entryp, keep_own, listp);
+    if ((*entryp)->waiters) {
+        (*entryp)->asked = WAITERS_UNASKED;
+        return 0;
+    }
+    unlink_entry(w, entryp);
+    return 1;
+}
+
+/* For more pages than there are buckets: all that wait, instead of all pages. */
+static void take_from_buckets(struct waiters *w, const struct ramblock *block, uint64_t page, uint64_t n, int keep_own,
+                              struct waiter **listp)
+{
+    for (uint32_t i = 0; i < WAITERS_BUCKETS; i++) {
+        struct wait_entry **entryp = &w->buckets[i];
+        while (*entryp) {
+            struct wait_entry *entry = *entryp;
+            int wanted = entry->block == block && entry->page >= page && entry->page - page < n;
+            if (!wanted || !take_entry(w, entryp, keep_own, listp))
+                entryp = &entry->next;
+        }
+    }
+}
+
 static struct waiter *take(struct waiters *w, struct ramblock *block, uint64_t page, uint64_t n, int keep_own)
 {
     struct waiter *list = NULL;
@@ -135,15 +162,12 @@ static struct waiter *take(struct waiters *w, struct ramblock *block, uint64_t p
     if (__atomic_load_n(&w->entry_count, __ATOMIC_SEQ_CST) == 0)
         return NULL;
     pthread_mutex_lock(&w->lock);
-    for (uint64_t i = page; i < page + n; i++) {
+    if (n > WAITERS_BUCKETS)
+        take_from_buckets(w, block, page, n, keep_own, &list);
+    for (uint64_t i = page; n <= WAITERS_BUCKETS && i < page + n; i++) {
         struct wait_entry **entryp = find(w, block, i);
-        if (!*entryp)
-            continue;
-        move_waiters(*entryp, keep_own, &list);
-        if (!(*entryp)->waiters)
-            unlink_entry(w, entryp);
-        else
-            (*entryp)->asked = WAITERS_UNASKED;
+        if (*entryp)
+            (void)take_entry(w, entryp, keep_own, &list);
     }
     pthread_mutex_unlock(&w->lock);
     return list;

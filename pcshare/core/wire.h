@@ -53,6 +53,7 @@ enum {
     WIRE_WELCOME_DEVICE = 4,   /* an open /dev/userfaultfd is the third fd */
     WIRE_WELCOME_ARRAY = 8,    /* dtype, dims and data_offset are filled in */
     WIRE_WELCOME_FORTRAN = 16, /* the array is in Fortran order */
+    WIRE_WELCOME_STRICT = 32,  /* register for MINOR faults as well as for missing pages */
 };
 
 /* wire_request.flags */
@@ -113,7 +114,7 @@ struct wire_map {
     uint64_t length;
 };
 
-/* fds: the uffd, its handshake done and every map registered. */
+/* fds: the uffd, its handshake done and every map registered as WELCOME's flags say. */
 struct wire_attach {
     struct wire_header header;
     uint32_t n_maps;

@@ -213,6 +213,7 @@ def _block_status(index: int, slot: Any) -> BlockStatus:
         zero_pages=slot.zero_pages,
         foreign_pages=slot.foreign_pages,
         lost_pages=slot.lost_pages,
+        removed_pages=slot.removed_pages,
         bitmap_offset=slot.bitmap_offset,
     )
 

@@ -52,6 +52,7 @@ class BlockStatus:
     zero_pages: int
     foreign_pages: int
     lost_pages: int
+    removed_pages: int
     bitmap_offset: int
 
     @property
