@@ -31,7 +31,7 @@ from support_coordinator import Helper as Program
 from support_coordinator import coordinator, die_with_parent
 from support_nbd import RealServer, nbdkit
 from support_serving import HUGE_PAGE, PAGE, WAIT_S, HelperProcess, make_file
-from support_takeover import restarting
+from support_takeover import Restarting, restarting
 
 N_PAGES = 300
 LENGTH = N_PAGES * PAGE - 11
@@ -679,15 +679,37 @@ def test_two_deaths_before_it_serves_again(runtime_dir: Path, data_file: Path, c
         assert touch.result() == page_at(content, 0)
 
 
-def test_failure_in_its_loop_is_as_good_as_a_kill(runtime_dir: Path, data_file: Path, content: bytes) -> None:
-    """An exception that nobody expected: here no fd is left for what its loop does next."""
+# Python runs this in every process that starts: the coordinator's loop fails as soon as the file is there, once.
+FAILS_ONCE = """
+import os
+from pcshare.coordinator.server import Server
+turn = Server._turn
+def fail_once(self):
+    turn(self)
+    if os.path.exists({path!r}):
+        os.unlink({path!r})
+        raise ZeroDivisionError("nobody expected this")
+Server._turn = fail_once
+"""
+
+
+def test_failure_in_its_loop_is_as_good_as_a_kill(
+    runtime_dir: Path, data_file: Path, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P5: an exception that nobody expected clears nothing up and takes nothing along."""
+    (tmp_path / "hook").mkdir()
+    fails = tmp_path / "fails"
+    (tmp_path / "hook" / "sitecustomize.py").write_text(FAILS_ONCE.format(path=str(fails)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"))
     with restarting(f"data={data_file}", options=LAZY) as served:
         helper = served.attached()
-        before, pid = served.restarts, served.pid
-        touch = helper.start(f"read(b, 0, {PAGE})")
-        touch.result()
-        os.kill(pid, signal.SIGABRT)
-        served.wait_for_restart(before)
+        helper.do(f"read(b, 0, {PAGE})")
+        for number in range(2):
+            fails.touch()
+            late = served.attached()  # something for its loop to do; before the failure, or after the restart
+            served.wait_for_restart(number)
+            assert not fails.exists()
+            assert late.do(f"read(b, {(number + 1) * PAGE}, {PAGE})") == page_at(content, number + 1)
         assert helper.do("bytes(b)") == content
 
 
@@ -801,3 +823,65 @@ def test_clients_of_an_export_come_back_to_the_same_address(runtime_dir: Path, d
             served.restart()
             assert copy() == content
     assert not path.exists()
+
+
+def test_keeper_needs_hardly_more_numbers_of_fds_than_it_has(
+    runtime_dir: Path, data_file: Path, content: bytes
+) -> None:
+    """P5: who has as many helpers as its limit of open files allows is started again all the same."""
+    n_helpers, limit = 150, 512
+    within = ["prlimit", f"--nofile={limit}:{limit}"]
+    with coordinator(f"data={data_file}", options=LAZY, within=within) as made, contextlib.ExitStack() as helpers:
+        served = Restarting(made, helpers)
+        helper = served.helper()
+        helper.do(f"all = [attach() for _ in range({n_helpers})]")
+        assert 3 * n_helpers < psutil.Process(served.pid).num_fds() < limit
+        touches = [helper.start(f"read(all[{number}], {number * PAGE}, {PAGE})") for number in (0, 70, 149)]
+        for _ in range(2):
+            served.restart()
+        for number, touch in zip((0, 70, 149), touches, strict=True):
+            assert touch.result() == page_at(content, number)
+        assert [len(served.status().helpers), served.block().foreign_pages] == [n_helpers, 0]
+        assert all(helper.do(f"[read(b, {200 * PAGE}, {PAGE}) == {page_at(content, 200)!r} for b in all]"))
+
+
+def test_attaching_and_leaving_all_the_time(
+    runtime_dir: Path, data_file: Path, content: bytes, rng: random.Random
+) -> None:
+    """P4, P5, P7: whatever step of a hand-over a death meets, the helper comes through."""
+    with restarting(f"data={data_file}", options=LAZY) as served:
+        served.restart()
+        before = served.held()
+        helpers = [served.helper() for _ in range(3)]
+        for helper in helpers:
+            helper.do(
+                "import random; stop = False\n"
+                "def come_and_go(content):\n"
+                "    n = 0\n"
+                "    while not stop:\n"
+                "        with attach(mode=random.choice(['ro', 'cow'])) as b:\n"
+                "            at = random.randrange(len(content) - 4096)\n"
+                "            assert read(b, at, 4096) == content[at:at + 4096]\n"
+                "            n += 1\n"
+                "    return n"
+            )
+        coming = [helper.start(f"come_and_go(open({str(data_file)!r}, 'rb').read())") for helper in helpers]
+        for _ in range(8):
+            time.sleep(rng.uniform(0.0, 0.3))
+            served.restart()
+        for helper in helpers:
+            helper.do("stop = True")
+        assert all(pending.result() > 8 for pending in coming)
+        served.wait_until_alone(before)
+        assert served.block().foreign_pages == 0
+
+
+def test_program_that_started_it_ends_it_during_a_restart(runtime_dir: Path, data_file: Path) -> None:
+    """P7: by its link, which the next one has."""
+    for delay_s in (0.0, 0.1, 0.3):
+        with pcshare.Coordinator(blocks={"data": str(data_file)}, stream="lazy") as made:
+            assert made.pid is not None
+            os.kill(made.pid, signal.SIGKILL)
+            time.sleep(delay_s)
+        with pytest.raises(pcshare.errors.NoSuchCoordinator):
+            read_status(made.name)

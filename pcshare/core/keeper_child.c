@@ -99,28 +99,68 @@ static void take_signals(struct care *c)
 
 /* ---- in the child, before its command ---- */
 
-/* As LISTEN_FDS has them: from 3 on in the store's order. The numbers may be taken by others of ours: away first. */
-static int place_fds(const struct store *s, int *keeper_fdp, int *told_fdp)
+/* What is to lie at LISTEN_FDS_START and on. */
+struct row {
+    int *fds;
+    uint32_t n;
+    int *owners; /* of each number of the row: the index of the fd that has it now; -1: none of ours */
+};
+
+static int in_row(const struct row *r, int fd)
+{
+    return fd >= LISTEN_FDS_START && fd < LISTEN_FDS_START + (int)r->n;
+}
+
+static int row_new(struct row *r, const struct store *s, int keeper_fd, int told_fd)
 {
     uint32_t n = store_count(s);
-    int beyond = LISTEN_FDS_START + (int)n + 2;
-    int *high = calloc(n + 2, sizeof(*high));
 
-    if (!high)
+    *r = (struct row){.n = n + 2, .fds = calloc(n + 2, sizeof(int)), .owners = calloc(n + 2, sizeof(int))};
+    if (!r->fds || !r->owners)
         return -ENOMEM;
-    for (uint32_t i = 0; i < n + 2; i++) {
-        int fd = i < n ? store_fd(s, i) : i == n ? *keeper_fdp : *told_fdp;
-        high[i] = fcntl(fd, F_DUPFD_CLOEXEC, beyond);
-        if (high[i] < 0)
+    for (uint32_t i = 0; i < r->n; i++)
+        r->owners[i] = -1;
+    for (uint32_t i = 0; i < r->n; i++) {
+        r->fds[i] = i < n ? store_fd(s, i) : i == n ? keeper_fd : told_fd;
+        if (in_row(r, r->fds[i]))
+            r->owners[r->fds[i] - LISTEN_FDS_START] = (int)i;
+    }
+    return 0;
+}
+
+/* Puts one where it belongs; another one of the row that is there goes beyond it first. */
+static int row_place(struct row *r, uint32_t index)
+{
+    int wanted = LISTEN_FDS_START + (int)index, other = r->owners[index];
+
+    if (r->fds[index] == wanted)
+        return fcntl(wanted, F_SETFD, 0) < 0 ? -errno : 0;
+    if (other >= 0) {
+        r->fds[other] = fcntl(wanted, F_DUPFD_CLOEXEC, LISTEN_FDS_START + (int)r->n);
+        if (r->fds[other] < 0)
             return -errno;
     }
-    for (uint32_t i = 0; i < n + 2; i++)
-        if (dup2(high[i], LISTEN_FDS_START + (int)i) < 0)
-            return -errno;
-    *keeper_fdp = LISTEN_FDS_START + (int)n;
-    *told_fdp = *keeper_fdp + 1;
-    free(high);
+    if (dup2(r->fds[index], wanted) < 0)
+        return -errno;
+    if (in_row(r, r->fds[index]))
+        r->owners[r->fds[index] - LISTEN_FDS_START] = -1;
+    close(r->fds[index]); /* ours alone: so all of it takes hardly more numbers than the keeper has fds */
     return 0;
+}
+
+/* As LISTEN_FDS has them: from 3 on in the store's order. */
+static int place_fds(const struct store *s, int *keeper_fdp, int *told_fdp)
+{
+    struct row row;
+    int rc = row_new(&row, s, *keeper_fdp, *told_fdp);
+
+    for (uint32_t i = 0; rc == 0 && i < row.n; i++)
+        rc = row_place(&row, i);
+    *told_fdp = LISTEN_FDS_START + (int)row.n - 1;
+    *keeper_fdp = *told_fdp - 1;
+    free(row.fds);
+    free(row.owners);
+    return rc;
 }
 
 /* Of the first one nothing is stored, and what it inherited keeps its numbers, which its command line may name. */
