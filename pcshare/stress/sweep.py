@@ -6,7 +6,7 @@ Draws the plans; a round plays them as any other. What a step needs in order to 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pcshare import trace
@@ -25,6 +25,8 @@ SLOT_BASE = 1 << 20  # attachments of scripts, apart from those of random action
 
 # Never passed by a coordinator of these sources: new memory has nothing in it to discard.
 NOT_REACHED = frozenset({"block_discard"})
+# Passed once in a coordinator's life.
+ONCE = frozenset({"taking_over", "blocks_taken", "helpers_taken", "helpers_told", "ready"})
 
 # Without orders to the stream: eager, it would bring everything at once.
 WEIGHTS = {
@@ -68,23 +70,21 @@ def all_steps() -> dict[str, list[str]]:
     return {party: [step for step in trace.steps_of(party) if step not in NOT_REACHED] for party in trace.PARTIES}
 
 
-def rounds(seed: int, actors: int, between: tuple[int, int] = BETWEEN) -> Iterator[RoundPlan]:
-    """For ever; over a few of them every step has its turn. between: how many random actions follow each arming."""
+def rounds(
+    seed: int, actors: int, steps: Sequence[str] = (), between: tuple[int, int] = BETWEEN
+) -> Iterator[RoundPlan]:
+    """For ever; over a few of them every step has its turn. steps: others are left out. between: how many random
+    actions follow each arming."""
     rng, number = random.Random(f"sweep:{seed}:{actors}"), 0
+    chosen = list(steps) or [step for party in all_steps().values() for step in party]
     queue: list[str] = []
     while True:
-        steps: list[str] = []
-        while len(steps) < ARMS_A_ROUND:
-            queue = queue or _shuffled(rng)
-            steps.append(queue.pop())
-        yield _draw_round(rng, number, actors, steps, between)
+        armed: list[str] = []
+        while len(armed) < min(ARMS_A_ROUND, len(chosen)):
+            queue = queue or rng.sample(chosen, len(chosen))
+            armed.append(queue.pop())
+        yield _draw_round(rng, number, actors, armed, between)
         number += 1
-
-
-def _shuffled(rng: random.Random) -> list[str]:
-    steps = [step for party in all_steps().values() for step in party]
-    rng.shuffle(steps)
-    return steps
 
 
 def _draw_round(rng: random.Random, number: int, actors: int, steps: list[str], between: tuple[int, int]) -> RoundPlan:
@@ -109,7 +109,7 @@ def _draw_round(rng: random.Random, number: int, actors: int, steps: list[str], 
 
 
 def _draw_blocks(rng: random.Random) -> Iterator[BlockPlan]:
-    for name, kind, served in (("holes", "holes", False), ("remote", "holes", True), ("draft", "draft", False)):
+    for name, kind, served in (("holes", "holes", False), ("remote", "holes", True), ("draft", "draft", True)):
         pages = rng.randrange(PAGES_MIN, PAGES_MAX)
         yield BlockPlan(
             name, kind, pages, rng.randrange(plan.PAGE), rng.choice([0, 300]), 0, rng.randrange(1 << 32), served
@@ -132,7 +132,7 @@ class _Drawer:
     def arm(self, step: str) -> None:
         party = next(party for party, steps in all_steps().items() if step in steps)
         actor = self.rng.randrange(len(self.books))
-        passings = 1 if step in PROVOCATIONS else self.rng.randrange(1, PASSINGS_MAX + 1)
+        passings = 1 if step in PROVOCATIONS or step in ONCE else self.rng.randrange(1, PASSINGS_MAX + 1)
         block = self.plan.served[0].name
         self._add(Action("arm", 0, actor, block=block, order=f"{party}:{step}", count=passings))
         if party == "helper":
@@ -189,12 +189,13 @@ class _Drawer:
 
 @dataclass(frozen=True)
 class Goal:
-    """How much is enough."""
+    """How much is enough. steps: of all steps, those that count; none: all."""
 
     kills: int  # of each party
     per_step: int
+    steps: tuple[str, ...] = ()
 
     def is_reached(self, tally: Tally) -> bool:
         kills = (tally.kills, tally.coordinator_kills, tally.source_kills)
-        steps = [step for party in all_steps().values() for step in party]
+        steps = self.steps or [step for party in all_steps().values() for step in party]
         return min(kills) >= self.kills and all(tally.step_kills[step] >= self.per_step for step in steps)
