@@ -21,7 +21,7 @@ TESTS = Path(__file__).resolve().parent
 CORE = TESTS.parent / "pcshare" / "core"
 LIBRARY = (
     *sorted(CORE.glob("helper*.c")),
-    *(CORE / f"{name}.c" for name in ("bitmap", "uffd", "status_segment", "fd_message")),
+    *(CORE / f"{name}.c" for name in ("bitmap", "uffd", "status_segment", "trace", "fd_message")),
 )
 FLAGS = ("-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{CORE}")
 SANITIZERS = {

@@ -20,8 +20,9 @@ from support_status_fuzz import fuzz_reader
 SANITIZERS = "address,undefined"
 KEEPER = CORE.parent / "_bin" / "pcshare-keeper"
 HELPERS_SIDE = [
-    *sorted(path.name for path in CORE.glob("helper*.c")), "bitmap.c", "uffd.c", "status_segment.c", "fd_message.c",
-]  # fmt: skip
+    *sorted(path.name for path in CORE.glob("helper*.c")),
+    *("bitmap.c", "uffd.c", "status_segment.c", "trace.c", "fd_message.c"),
+]
 NO_COORDINATOR = ("helper", "incoming", "nbd_", "page_channel_nbd", "_core")  # begin the names of other sides' files
 COORDINATORS_SIDE = sorted(
     path.name

@@ -120,7 +120,7 @@ def test_no_old_page_comes_to_where_a_helper_removed_it_while_it_was_placed(
         removed, missing, wrong = map(int, out.split())
         block = served.block("data")
         assert wrong == 0, err
-        assert 100 < missing < removed
+        assert 100 < missing <= removed  # a slow machine may have no page there before it is removed
         assert (block.state, block.received_pages) == ("END", HAMMERED_BYTES // PAGE)
         assert 100 < block.removed_pages <= removed
         assert block.foreign_pages == 0
@@ -353,6 +353,10 @@ def wait_for_another(served: Running, before: int) -> None:
     wait_until(serves, "another coordinator", WAIT_S)
 
 
+def wait_for_removed(served: Running, count: int) -> None:
+    wait_until(lambda: served.block("data").removed_pages == count, f"{count} pages to be marked as removed")
+
+
 def test_coordinator_that_is_started_again_knows_what_was_removed_and_moved(
     runtime_dir: Path, data_file: Path, content: bytes
 ) -> None:
@@ -368,6 +372,7 @@ def test_coordinator_that_is_started_again_knows_what_was_removed_and_moved(
             first = 20 * turn
             assert helper.do(f"move({first}, 2, to + {turn} * 8 * 4096)")
             helper.do(f"b.madvise(mmap.MADV_REMOVE, {first + 10} * 4096, 4096)")
+            wait_for_removed(served, 2 * turn + 1)  # what was read and not noted yet dies with it
             before = served.status().pid
             os.kill(before, signal.SIGKILL)
             assert helper.do(f"move({first + 4}, 2, to + ({turn} * 8 + 4) * 4096)")
