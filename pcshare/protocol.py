@@ -378,9 +378,8 @@ def pack_admin(op: AdminOp, argument: int = 0) -> bytes:
 
 def pack_replace(program: Sequence[str], options: Sequence[str]) -> bytes:
     """LocalProtocolError: the words are too many, or one holds a NUL."""
-    words = [*program, *options]
-    if any("\0" in word for word in words):
-        raise LocalProtocolError("a word of a command holds a NUL")
-    joined = "".join(f"{word}\0" for word in words)
-    whole = _fit(joined, lib.WIRE_WORDS_MAX, "a command")
+    words = [_fit(word, lib.WIRE_WORDS_MAX, "a word of a command") + b"\0" for word in (*program, *options)]
+    whole = b"".join(words)
+    if len(whole) > lib.WIRE_WORDS_MAX - 1:
+        raise LocalProtocolError(f"a command of {len(whole)} bytes: at most {lib.WIRE_WORDS_MAX - 1} fit")
     return _pack(lib.WIRE_REPLACE, n_program=len(program), n_words=len(words), words=whole)

@@ -60,12 +60,23 @@ def run(
         for drawn in plans or plan.rounds(options.seed, options.helpers):
             tally.where = _where(drawn)
             with tempfile.TemporaryDirectory(prefix="pcshare-stress-") as folder:
-                Round(drawn, Path(folder), options.helpers, tally, deadline_s, hold).play()
+                Round(drawn, Path(folder), options.helpers, tally, deadline_s, _telling(hold, tally, tell)).play()
             tally.rounds += 1
             tell(_line(tally, time.monotonic() - started_s))
             if time.monotonic() >= deadline_s or tally.failures or is_enough(tally):
                 break
     return Summary(options, time.monotonic() - started_s, tally)
+
+
+def _telling(hold: Callable[[], None], tally: Tally, tell: Callable[[str], None]) -> Callable[[], None]:
+    """Says what is held before it holds."""
+
+    def hold_told() -> None:
+        for failure in tally.failures:
+            tell(f"FAILED {failure}")
+        hold()
+
+    return hold_told
 
 
 def _where(drawn: plan.RoundPlan) -> str:
