@@ -48,6 +48,7 @@ class SlotState(IntEnum):
     ATTACHED = 1
     DISABLED = 2
     ORPHANED = 3
+    LEFT = 4
 
 
 @dataclass
@@ -221,6 +222,8 @@ class Helpers:
         connection = Connection.of(one.fds[0])
         uffd = Uffd(one.fds[1].detach())
         status = self._segment.helper_slot(one.slot)
+        if status.state == SlotState.LEFT:
+            raise PcshareError("it has left")
         if status.state == SlotState.FREE:  # it was being attached
             status.block_index, status.pid, status.uid = one.block_index, one.pid, one.uid
             status.state = SlotState.ATTACHED

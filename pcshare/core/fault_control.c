@@ -81,6 +81,9 @@ static int handle_message(struct fault_threads *ft, struct remote_fd *remote, co
         return 0;
     }
     if (message->header.type == WIRE_LEAVE) {
+        /* At once: should the coordinator die before Python has heard of it, the next one must not wait for its end. */
+        if (remote->status)
+            __atomic_store_n(&remote->status->state, STATUS_HELPER_LEFT, __ATOMIC_RELEASE);
         stop_polling_control(ft, remote);
         tell_remote(ft, remote, EVENT_REMOTE_LEFT, 0, 0);
         return 0;

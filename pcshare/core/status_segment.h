@@ -47,6 +47,7 @@ enum {
     STATUS_HELPER_ATTACHED = 1,
     STATUS_HELPER_DISABLED = 2, /* cut off; its uffd is kept open until the process ends */
     STATUS_HELPER_ORPHANED = 3, /* its control socket closed without LEAVE; still served until the process ends */
+    STATUS_HELPER_LEFT = 4,     /* it said LEAVE: nothing of it is served, and nothing of it is taken over */
 };
 
 struct status_histogram {

@@ -10,7 +10,7 @@ from pcshare.core import ffi, lib
 
 STATE_NAMES = ("NONE", "ADVISE", "DISCARD", "LISTENING", "RUNNING", "PAUSED", "END")  # by STATUS_STATE_*
 STREAM_NAMES = ("eager", "lazy", "rate", "paused")  # by STATUS_STREAM_*
-HELPER_STATE_NAMES = ("free", "attached", "disabled", "orphaned")  # by STATUS_HELPER_*
+HELPER_STATE_NAMES = ("free", "attached", "disabled", "orphaned", "left")  # by STATUS_HELPER_*
 STATE_SUMMARY_ORDER = (
     "PAUSED",
     "RUNNING",
