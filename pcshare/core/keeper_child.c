@@ -1,8 +1,9 @@
 /* keeper_child: the coordinator as the keeper's only child: started, heard, and started again when it was killed.
  *
  * It ends for good when it says so (STOPPING=1), when it never served (READY=1), or when whoever ends it signals the
- * keeper; else the keeper never gives up on it. Who ends it while none serves gets one more, which clears up. The blocks, and what the store holds, outlive it. With a command named
- * "next" in the store that one is started in its place; if it does not come to serve, the old one is again.
+ * keeper; else the keeper never gives up on it. Who ends it while none serves gets one more, which clears up. The
+ * blocks, and what the store holds, outlive it. With a command named "next" in the store that one is started in its
+ * place; if it does not come to serve, the old one is again.
  */
 #define _GNU_SOURCE
 #include "keeper_internal.h"
