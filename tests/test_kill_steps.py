@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pcshare import trace
-from pcshare.client import attach
+from pcshare.client import Block, attach
+from pcshare.errors import PcshareError
 from pcshare.status import read_status
 from pcshare.stress import sweep
 from pcshare.stress.run import Options, run
@@ -115,3 +117,45 @@ def test_complete_block_is_as_writable_after_a_restart_as_before(runtime_dir: Pa
         assert {block.idstr: block.writable for block in serving.status().blocks} == writable
         with attach(serving.name, "scratch", mode="rw") as block, memoryview(block) as view:
             view[:5] = b"after"
+
+
+def test_helper_whose_leave_was_heard_and_not_done_is_forgotten(
+    runtime_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P7: nobody says LEAVE twice."""
+    path, death = tmp_path / "data.bin", tmp_path / "death"
+    path.write_bytes(bytes(PAGE))
+    monkeypatch.setenv(trace.DIE_VARIABLE, str(death))
+    with coordinator(f"data={path}", options=["--stream=lazy"]) as serving:
+        held = serving.held()
+        trace.write_death(death, "left", 1)
+        kill_and_await_another(serving.name)
+        attach(serving.name, "data").close()
+        wait_until(lambda: serving.status().restarts == 2, "another coordinator", RESTART_LIMIT_S)
+        assert not death.exists()
+        serving.pid = serving.status().pid
+        serving.wait_until_alone(held)
+
+
+FD_LIMIT = 128
+REFUSAL_TIMEOUT_S = 1.0
+
+
+def test_coordinator_near_its_limit_of_open_files_is_started_again(runtime_dir: Path, tmp_path: Path) -> None:
+    """P5: what a keeper could keep it can pass on."""
+    path = tmp_path / "data.bin"
+    path.write_bytes(bytes(PAGE))
+    limited = ["prlimit", f"--nofile={FD_LIMIT}:{FD_LIMIT}"]
+    with coordinator(f"data={path}", options=["--stream=lazy"], within=limited) as serving:
+        blocks: list[Block] = []
+        with contextlib.suppress(PcshareError):  # it is full
+            while len(blocks) < FD_LIMIT:
+                blocks.append(attach(serving.name, "data", timeout_s=REFUSAL_TIMEOUT_S))
+        blocks.pop().close()  # a little room
+        wait_until(lambda: len(serving.status().helpers) == len(blocks), "an end of the last one")
+        kill_and_await_another(serving.name)
+        assert [helper.state for helper in serving.status().helpers] == ["attached"] * len(blocks)
+        for block in blocks:
+            with memoryview(block) as view:
+                assert view[:PAGE] == bytes(PAGE)
+            block.close()
