@@ -42,7 +42,7 @@ class Replacing:
 
     process: subprocess.Popen[bytes]
     errors: IO[bytes]
-    ends_before: int  # how often a coordinator had been killed
+    since_s: float
 
     def complaint(self) -> str:
         self.errors.seek(0)
@@ -67,7 +67,7 @@ class Served:
         self._killed: set[int] = set()
         self._replacing: list[Replacing] = []
         self._expected_restarts = self._died_at_steps = 0
-        self._changed_s = -RESTART_LIMIT_S
+        self._changed_s = self._killed_s = -RESTART_LIMIT_S
         self._stopped: list[psutil.Process] = []
 
     # -- what happens to it
@@ -80,7 +80,7 @@ class Served:
                 self._killed.add(child.pid)
                 self._tally.coordinator_kills += 1
                 self._expected_restarts += 1
-                self._changed_s = time.monotonic()
+                self._changed_s = self._killed_s = time.monotonic()
 
     def _children(self) -> list[psutil.Process]:
         """Living ones: one, or none between two coordinators."""
@@ -93,7 +93,7 @@ class Served:
         complaints = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         command = [sys.executable, "-P", "-m", "pcshare", "coordinator", f"--name={self.name}", "--replace", "--json"]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=complaints)
-        self._replacing.append(Replacing(process, complaints, len(self._killed) + self._died_at_steps))
+        self._replacing.append(Replacing(process, complaints, time.monotonic()))
         self._expected_restarts += 1
         self._changed_s = time.monotonic()
 
@@ -130,7 +130,7 @@ class Served:
         self._died_at_steps += 1
         self._tally.coordinator_kills += 1
         self._expected_restarts += 1
-        self._changed_s = time.monotonic()
+        self._changed_s = self._killed_s = time.monotonic()
 
     # -- orders
 
@@ -179,13 +179,9 @@ class Served:
             self._changed_s = time.monotonic()
             if one.process.returncode == 0:
                 self._tally.replaces += 1
-            elif one.ends_before == len(self._killed) + self._died_at_steps and not self._was_killed_lately():
+            elif self._killed_s < one.since_s - RESTART_LIMIT_S:  # else it was dying, or starting
                 self._tally.fail(f"replacing it failed: {one.complaint()}")
             one.close()
-
-    def _was_killed_lately(self) -> bool:
-        """It was dying, or starting, when it was to be replaced."""
-        return bool(self._killed or self._died_at_steps) and time.monotonic() - self._changed_s < RESTART_LIMIT_S
 
     def held(self) -> tuple[Held, Held] | None:
         """What coordinator and keeper hold; None: it dies at this moment. Whether it may is found out elsewhere."""
