@@ -1,6 +1,6 @@
-/* control_fuzz: what attached helpers send, with mutations, to real fault threads with real blocks, beside a plain second
- * reading of the same messages: each session must end as that says (left, hung up, cut off and why), every REQUEST be
- * answered as it says or not at all, and no fd that came along stay open.
+/* control_fuzz: what attached helpers send, with mutations, to real fault threads with real blocks, beside a plain
+ * second reading of the same messages: each session must end as that says (left, hung up, cut off and why), every
+ * REQUEST be answered as it says or not at all, and no fd that came along stay open.
  *
  * control_fuzz COUNT SEED KEEPER: KEEPER is the executable pcshare-keeper. An input is one message that is mutated or
  * noise. stdout: how much was done. No page is ever missing here for anybody who waits: only messages count.
@@ -247,8 +247,8 @@ static void mutate(struct message *message)
             message->length = 0;
         break;
     case 3: /* the other's length, and it says so */
-        message->length = message->length == sizeof(struct wire_plain) ? sizeof(struct wire_request)
-                                                                       : sizeof(struct wire_plain);
+        message->length =
+            message->length == sizeof(struct wire_plain) ? sizeof(struct wire_request) : sizeof(struct wire_plain);
         memcpy(message->bytes + 8, &message->length, 4);
         break;
     case 4: /* another type */
@@ -395,7 +395,8 @@ static void count_end(uint32_t kind)
 static void run_session(void)
 {
     int which = (int)random_below(BLOCKS), ends[2], over = 0, joins_late = one_in(2), is_long = one_in(20);
-    uint32_t n = is_long ? MESSAGES_MAX - (uint32_t)random_below(MESSAGES_MAX / 2) : 1 + (uint32_t)random_below(8), id = 0;
+    uint32_t n = is_long ? MESSAGES_MAX - (uint32_t)random_below(MESSAGES_MAX / 2) : 1 + (uint32_t)random_below(8),
+             id = 0;
     struct outcome outcome = {0};
     struct message message;
 
@@ -473,7 +474,8 @@ int main(int argc, char **argv)
     }
     end();
     printf("%" PRIu64 " mutated messages in %" PRIu64 " sessions: %" PRIu64 " left, %" PRIu64 " hung up, %" PRIu64
-           " cut off, of these %" PRIu64 " for asking too much, and %" PRIu64 " more for not reading; %" PRIu64 " answers\n",
+           " cut off, of these %" PRIu64 " for asking too much, and %" PRIu64 " more for not reading; %" PRIu64
+           " answers\n",
            fuzz_inputs, n_sessions, n_ends[0], n_ends[1], n_ends[2], n_crowds, n_ends[3], n_answers);
     return 0;
 }

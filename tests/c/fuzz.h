@@ -16,8 +16,8 @@
 #include <unistd.h>
 
 enum {
-    FUZZ_HANG_S = 60,            /* for FUZZ_HANG_INPUTS: more by some powers of ten than they take */
-    FUZZ_HANG_INPUTS = 1000,     /* between two looks at fds and clock */
+    FUZZ_HANG_S = 60,        /* for FUZZ_HANG_INPUTS: more by some powers of ten than they take */
+    FUZZ_HANG_INPUTS = 1000, /* between two looks at fds and clock */
     FUZZ_COUNT_DEFAULT = 10000,
 };
 

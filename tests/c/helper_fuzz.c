@@ -1,10 +1,10 @@
-/* helper_fuzz: what a coordinator sends, with mutations, to the helper's side, beside a plain second reading of the same
- * messages: each must be taken or refused as that says, whatever was taken must be what was sent, a helper that is
+/* helper_fuzz: what a coordinator sends, with mutations, to the helper's side, beside a plain second reading of the
+ * same messages: each must be taken or refused as that says, whatever was taken must be what was sent, a helper that is
  * attached must end where that says, and no fd and no mapping stay.
  *
- * helper_fuzz COUNT SEED SOCKET: SOCKET is a path that does not exist yet. An input is one message that is mutated or noise, fds included; most go straight to what reads
- * them, the rest through pcshare_attach and the sentinel, from a coordinator that listens. stdout: how much was done. No
- * page is touched here: only messages count.
+ * helper_fuzz COUNT SEED SOCKET: SOCKET is a path that does not exist yet. An input is one message that is mutated or
+ * noise, fds included; most go straight to what reads them, the rest through pcshare_attach and the sentinel, from a
+ * coordinator that listens. stdout: how much was done. No page is touched here: only messages count.
  */
 #define _GNU_SOURCE
 #include "fuzz.h"
@@ -36,7 +36,7 @@ enum {
     ATTACH_TIMEOUT_MS = 20000,
     ORPHAN_TIMEOUT_MS = 1,
     DIRECT_PER_ATTACH = 32,
-    ERRNO_MAX = 4095, /* of a DONE */
+    ERRNO_MAX = 4095,    /* of a DONE */
     ANY_ERROR = -100000, /* refused; what the errno is, is the kernel's */
 };
 enum { FD_MEMFD, FD_STATUS, FD_DEVICE, FD_SHORT, FD_SOCKET, FD_FOLDER, FD_NULL, FD_KINDS };
@@ -748,7 +748,10 @@ static void make_script(struct script *script)
     script->n_first = 2;
     script->hangs_up = 1;
     for (uint32_t i = 0; i < script->n; i++)
-        make_message(&script->messages[i], i == 0 ? WIRE_WELCOME : i == 1 ? WIRE_ACK : one_in(3) ? random_type() : WIRE_DONE);
+        make_message(&script->messages[i], i == 0      ? WIRE_WELCOME
+                                           : i == 1    ? WIRE_ACK
+                                           : one_in(3) ? random_type()
+                                                       : WIRE_DONE);
     mutated = one_in(3) ? (uint32_t)random_below(script->n) : 2 + (uint32_t)random_below(script->n - 2);
     mutate(&script->messages[mutated]);
     memcpy(script->messages[0].bytes + offsetof(struct wire_welcome, orphan_timeout_ms), &orphan_timeout_ms,
@@ -833,8 +836,8 @@ int main(int argc, char **argv)
         run_attach();
     }
     stop_server();
-    printf("%" PRIu64 " mutated messages: %" PRIu64 " taken, %" PRIu64 " refused; %" PRIu64 " helpers attached, %" PRIu64
-           " to the end, %" PRIu64 " were lost\n",
+    printf("%" PRIu64 " mutated messages: %" PRIu64 " taken, %" PRIu64 " refused; %" PRIu64
+           " helpers attached, %" PRIu64 " to the end, %" PRIu64 " were lost\n",
            fuzz_inputs, n_taken, n_refused, n_attached, n_ends[PCSHARE_COMPLETE], n_ends[PCSHARE_LOST]);
     return 0;
 }

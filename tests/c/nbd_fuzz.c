@@ -3,8 +3,8 @@
  * owed, and the connection be lost at the same reply for the same reason, or live on.
  *
  * nbd_fuzz COUNT SEED. An input is a server's replies to some reads of which at least one is mutated; it arrives in
- * pieces, cut anywhere. Every read's bytes lie in memory of exactly their length, for the address sanitizer. stdout: how
- * much was done. Threads, timeouts and lost connections at any time are nbd_stress's.
+ * pieces, cut anywhere. Every read's bytes lie in memory of exactly their length, for the address sanitizer. stdout:
+ * how much was done. Threads, timeouts and lost connections at any time are nbd_stress's.
  */
 #define _GNU_SOURCE
 #include "fuzz.h"
@@ -41,7 +41,7 @@ struct server_read {
     uint64_t offset;
     uint32_t length;
     int state;
-    int error; /* also of a reply that has not ended */
+    int error;   /* also of a reply that has not ended */
     int is_over; /* it was told to whoever asked */
     uint8_t expected[READ_BYTES_MAX];
     uint8_t is_there[READ_BYTES_MAX];

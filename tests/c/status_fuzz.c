@@ -1,9 +1,9 @@
 /* status_fuzz: status segments with mutations, given to the helper's side with a right WELCOME, beside a plain second
- * check: a segment must be taken or refused as that says, and what is taken must lie inside it, however it is read later:
- * progress, the received bitmap, waiting for progress, the end of the block.
+ * check: a segment must be taken or refused as that says, and what is taken must lie inside it, however it is read
+ * later: progress, the received bitmap, waiting for progress, the end of the block.
  *
- * status_fuzz COUNT SEED. An input is one segment of which at least one field is mutated, or that is cut short, or noise.
- * stdout: how much was done.
+ * status_fuzz COUNT SEED. An input is one segment of which at least one field is mutated, or that is cut short, or
+ * noise. stdout: how much was done.
  */
 #define _GNU_SOURCE
 #include "fuzz.h"
@@ -64,8 +64,8 @@ static void change_field(uint64_t *indexp)
 {
     struct status_header *header = (struct status_header *)segment;
     struct status_block *block = block_at(random_below(BLOCKS));
-    uint64_t *words[] = {&header->blocks_offset, &block->page_size, &block->page_count, &block->bitmap_offset,
-                         &header->blocks_offset, &block->bitmap_offset};
+    uint64_t *words[] = {&header->blocks_offset, &block->page_size,      &block->page_count,
+                         &block->bitmap_offset,  &header->blocks_offset, &block->bitmap_offset};
     uint32_t *halves[] = {&header->magic, &header->version, &header->blocks_max, &block->in_use, &block->state};
     uint64_t *word = words[random_below(sizeof(words) / sizeof(*words))];
     uint32_t *half = halves[random_below(sizeof(halves) / sizeof(*halves))];
