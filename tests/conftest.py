@@ -74,6 +74,20 @@ def _nothing_is_left_behind() -> Iterator[None]:
 
 
 @pytest.fixture
+def data_file(request: pytest.FixtureRequest, tmp_path: Path, rng: random.Random) -> Path:
+    """A file of random bytes, as many as the test's module says with LENGTH."""
+    from support_serving import make_file  # here: a broken package must not break the counting
+
+    return make_file(tmp_path, rng, request.module.LENGTH)
+
+
+@pytest.fixture
+def content(data_file: Path) -> bytes:
+    """What the module's data_file holds."""
+    return data_file.read_bytes()
+
+
+@pytest.fixture
 def seed() -> int:
     """The run's random seed: PCSHARE_TEST_SEED repeats it."""
     return SEED

@@ -40,11 +40,6 @@ LENGTH = 20 * PAGE
 
 
 @pytest.fixture
-def data_file(tmp_path: Path, rng: random.Random) -> Path:
-    return make_file(tmp_path, rng, LENGTH)
-
-
-@pytest.fixture
 def places(tmp_path: Path) -> dict[str, Path]:
     """What is no source, by name."""
     (tmp_path / "empty").touch()

@@ -6,7 +6,6 @@ import gc
 import multiprocessing
 import os
 import pickle
-import random
 import signal
 import threading
 import time
@@ -44,22 +43,11 @@ from support_serving import (
     HelperProcess,
     Serving,
     is_readable,
-    make_file,
     serving,
 )
 
 N_PAGES = 100
 LENGTH = N_PAGES * PAGE - 321
-
-
-@pytest.fixture
-def data_file(tmp_path: Path, rng: random.Random) -> Path:
-    return make_file(tmp_path, rng, LENGTH)
-
-
-@pytest.fixture
-def content(data_file: Path) -> bytes:
-    return data_file.read_bytes()
 
 
 @pytest.fixture

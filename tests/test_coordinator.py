@@ -41,11 +41,6 @@ LENGTH = N_PAGES * PAGE - 5
 
 
 @pytest.fixture
-def data_file(tmp_path: Path, rng: random.Random) -> Path:
-    return make_file(tmp_path, rng, LENGTH)
-
-
-@pytest.fixture
 def served(runtime_dir: Path, data_file: Path) -> Iterator[Serving]:
     with serving(f"data={data_file}", stream_mode=LAZY) as made:
         yield made

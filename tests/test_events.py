@@ -27,7 +27,7 @@ from support import wait_until
 from support_coordinator import Serving as Running
 from support_coordinator import coordinator, die_with_parent
 from support_rig import Rig
-from support_serving import EAGER, LAZY, PAGE, PAUSED, WAIT_S, HelperProcess, Serving, make_file, serving
+from support_serving import EAGER, LAZY, PAGE, PAUSED, WAIT_S, HelperProcess, Serving, serving
 
 N_PAGES = 256
 LENGTH = N_PAGES * PAGE
@@ -39,16 +39,6 @@ EVENTS = (
     | lib.UFFD_FEATURE_BIT_EVENT_UNMAP
     | lib.UFFD_FEATURE_BIT_EVENT_REMAP
 )
-
-
-@pytest.fixture
-def data_file(tmp_path: Path, rng: random.Random) -> Path:
-    return make_file(tmp_path, rng, LENGTH)
-
-
-@pytest.fixture
-def content(data_file: Path) -> bytes:
-    return data_file.read_bytes()
 
 
 @pytest.fixture

@@ -39,11 +39,6 @@ def rig() -> Iterator[Rig]:
     made.close()
 
 
-@pytest.fixture
-def data_file(tmp_path: Path, rng: random.Random) -> Path:
-    return make_file(tmp_path, rng, LENGTH)
-
-
 def core_threads(name: str = "pcshare-fault") -> list[int]:
     found = []
     for tid in os.listdir("/proc/self/task"):

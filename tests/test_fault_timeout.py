@@ -5,7 +5,6 @@ Sources that are late on command: a delay, a server that is stopped, a migration
 
 from __future__ import annotations
 
-import random
 import signal
 import tempfile
 import time
@@ -21,23 +20,13 @@ from pcshare.protocol import AdminOp
 from support import wait_until
 from support_coordinator import coordinator
 from support_nbd import nbdkit
-from support_serving import EAGER, LAZY, PAGE, HelperProcess, Serving, make_file, serving
+from support_serving import EAGER, LAZY, PAGE, HelperProcess, Serving, serving
 from test_incoming_coordinator import play, scene_of
 
 N_PAGES = 600
 LENGTH = N_PAGES * PAGE - 99
 TIMEOUT_S = 0.2
 LATE_S = 2.0  # of a source that brings every page long after the fault timeout
-
-
-@pytest.fixture
-def data_file(tmp_path: Path, rng: random.Random) -> Path:
-    return make_file(tmp_path, rng, LENGTH)
-
-
-@pytest.fixture
-def content(data_file: Path) -> bytes:
-    return data_file.read_bytes()
 
 
 @pytest.fixture

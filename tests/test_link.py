@@ -50,16 +50,6 @@ def folder(runtime_dir: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def data_file(tmp_path: Path, rng: random.Random) -> Path:
-    return make_file(tmp_path, rng, LENGTH)
-
-
-@pytest.fixture
-def content(data_file: Path) -> bytes:
-    return data_file.read_bytes()
-
-
-@pytest.fixture
 def slow_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """After one attempt at once the next is not to be expected within the test."""
     monkeypatch.setattr(link, "BACKOFF_S", 10 * WAIT_S)

@@ -56,11 +56,6 @@ def data_file(folder: Path, rng: random.Random) -> Path:
     return make_file(folder, rng, LENGTH)
 
 
-@pytest.fixture
-def content(data_file: Path) -> bytes:
-    return data_file.read_bytes()
-
-
 def needs_narrow_host() -> None:
     """Where an ordinary user gets a userfaultfd for user-mode faults only."""
     needs(None if UNPRIVILEGED.read_text().strip() == "0" else "sysctl vm.unprivileged_userfaultfd=0")

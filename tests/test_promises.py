@@ -29,16 +29,6 @@ GIL_HELD_S = 2
 PROGRESS_LEAST = 200  # faults in that time, at 1 ms each; what a stopped machine may cost taken off
 
 
-@pytest.fixture
-def data_file(tmp_path: Path, rng: random.Random) -> Path:
-    return make_file(tmp_path, rng, LENGTH)
-
-
-@pytest.fixture
-def content(data_file: Path) -> bytes:
-    return data_file.read_bytes()
-
-
 def attached(served: Serving, arguments: str = "", *, uid: int | None = None) -> HelperProcess:
     helper = served.helper(uid=uid)
     helper.do(f"b = attach({arguments})")

@@ -38,11 +38,6 @@ def data_file(tmp_path: Path, rng: random.Random) -> Path:
 
 
 @pytest.fixture
-def content(data_file: Path) -> bytes:
-    return data_file.read_bytes()
-
-
-@pytest.fixture
 def served(runtime_dir: Path, data_file: Path) -> Iterator[Restarting]:
     with restarting(f"data={data_file}#delay=2ms", options=LAZY) as made:
         yield made

@@ -38,11 +38,6 @@ def data_file(tmp_path: Path, rng: random.Random) -> Path:
     return make_file(tmp_path, rng, N_PAGES * PAGE)
 
 
-@pytest.fixture
-def content(data_file: Path) -> bytes:
-    return data_file.read_bytes()
-
-
 # ---- hints and ranges ----
 
 

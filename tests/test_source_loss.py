@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import threading
 from pathlib import Path
@@ -14,21 +13,11 @@ from pcshare.errors import AttachTimeout, SourceLost
 from pcshare.protocol import AdminOp
 from pcshare.trace import read_trace
 from support import wait_until
-from support_serving import EAGER, LAZY, PAGE, HelperProcess, Serving, make_file, read_own_page, serving
+from support_serving import EAGER, LAZY, PAGE, HelperProcess, Serving, read_own_page, serving
 
 N_PAGES = 600
 LENGTH = N_PAGES * PAGE - 99
 KEPT_PAGES = 400  # of a file that was cut short
-
-
-@pytest.fixture
-def data_file(tmp_path: Path, rng: random.Random) -> Path:
-    return make_file(tmp_path, rng, LENGTH)
-
-
-@pytest.fixture
-def content(data_file: Path) -> bytes:
-    return data_file.read_bytes()
 
 
 @pytest.fixture

@@ -55,16 +55,6 @@ def folder(runtime_dir: Path) -> Iterator[Path]:
         yield Path(made)
 
 
-@pytest.fixture
-def data_file(tmp_path: Path, rng: random.Random) -> Path:
-    return make_file(tmp_path, rng, LENGTH)
-
-
-@pytest.fixture
-def content(data_file: Path) -> bytes:
-    return data_file.read_bytes()
-
-
 def check_served(source: str, content: bytes) -> None:
     """What helpers read is the content, touched page by page and when all of it is there."""
     with serving(f"data={source}", stream_mode=LAZY) as served:

@@ -36,11 +36,6 @@ def data_file(tmp_path: Path, rng: random.Random) -> Path:
 
 
 @pytest.fixture
-def content(data_file: Path) -> bytes:
-    return data_file.read_bytes()
-
-
-@pytest.fixture
 def supervisor(runtime_dir: Path) -> Iterator[Supervisor]:
     with supervising(runtime_dir) as made:
         yield made

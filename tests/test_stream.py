@@ -20,11 +20,6 @@ N_PAGES = 1000
 LENGTH = N_PAGES * PAGE - 1234
 
 
-@pytest.fixture
-def data_file(tmp_path: Path, rng: random.Random) -> Path:
-    return make_file(tmp_path, rng, LENGTH)
-
-
 def requests(trace: Path, block_index: int = 0) -> list[Record]:
     """What the stream asked the source for."""
     return [one for one in read_trace(str(trace)) if one.event == "stream_request" and one.block_index == block_index]

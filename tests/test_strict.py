@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import random
 from pathlib import Path
 
 import pytest
@@ -16,22 +15,12 @@ from pcshare.protocol import AdminOp
 from pcshare_helpers import expected
 from support import wait_until
 from support_coordinator import Helper, coordinator
-from support_serving import EAGER, LAZY, PAGE, PAUSED, HelperProcess, Serving, make_file, serving
+from support_serving import EAGER, LAZY, PAGE, PAUSED, HelperProcess, Serving, serving
 
 N_PAGES = 400
 LENGTH = N_PAGES * PAGE - 7
 PLANTED = [5, 6, 7, 100, N_PAGES - 1]
 PAGES_A_FAULT = 16  # what a fault of a strict helper maps at most
-
-
-@pytest.fixture
-def data_file(tmp_path: Path, rng: random.Random) -> Path:
-    return make_file(tmp_path, rng, LENGTH)
-
-
-@pytest.fixture
-def content(data_file: Path) -> bytes:
-    return data_file.read_bytes()
 
 
 def attached(served: Serving, arguments: str = "") -> HelperProcess:

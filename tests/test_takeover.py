@@ -44,16 +44,6 @@ CHECK_BYTES = 1  # what is read of a server to see whether it works
 
 
 @pytest.fixture
-def data_file(tmp_path: Path, rng: random.Random) -> Path:
-    return make_file(tmp_path, rng, LENGTH)
-
-
-@pytest.fixture
-def content(data_file: Path) -> bytes:
-    return data_file.read_bytes()
-
-
-@pytest.fixture
 def server_folder() -> Iterator[Path]:
     """A short path, for sockets of servers, which leave them behind."""
     with tempfile.TemporaryDirectory(prefix="pcs-", dir="/tmp") as folder:
