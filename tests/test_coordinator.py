@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 
 from pcshare import fds, probe, protocol, status, transport
-from pcshare.coordinator import Options, Server, handshake, server
+from pcshare.coordinator import Options, Server, door, handshake, server
 from pcshare.coordinator.blocks import Blocks
+from pcshare.coordinator.door import Door
 from pcshare.coordinator.parent import ParentLink
 from pcshare.core import lib
 from pcshare.errors import CoordinatorGone, LimitReached, PcshareError, Vetoed
@@ -193,7 +194,7 @@ def test_close_in_the_middle_leaves_nothing(runtime_dir: Path, data_file: Path, 
         (Blocks, "_discard_all"),
         (fds, "open_uffd_device"),
         (server, "Listener"),
-        (Server, "_accept_more"),
+        (Door, "open"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -314,20 +315,20 @@ def test_connection_that_says_nothing_is_hung_up_on_in_time(
 
 def test_idle_connections_keep_nobody_out(served: Serving, monkeypatch: pytest.MonkeyPatch, data_file: Path) -> None:
     """P4: more of them than are kept at once."""
-    monkeypatch.setattr(server, "HANDSHAKES_MAX", 8)
+    monkeypatch.setattr(door, "HANDSHAKES_MAX", 8)
     idle = [transport.connect(served.socket, WAIT_S) for _ in range(30)]
     helper = served.helper()
     assert helper.do("b = attach(); read(b, 0)") == data_file.read_bytes()[:1]
     for connection in idle:
         connection.close()
-    wait_until(lambda: not served.server._handshakes, "the idle ones to be forgotten")
+    wait_until(lambda: not served.server.door.handshakes, "the idle ones to be forgotten")
 
 
 def test_connection_that_is_given_up_while_it_speaks_disturbs_nobody(
     runtime_dir: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P4: found readable in the same turn of the loop in which another took its place."""
-    monkeypatch.setattr(server, "HANDSHAKES_MAX", 1)
+    monkeypatch.setattr(door, "HANDSHAKES_MAX", 1)
     made = Server(options(f"data={data_file}", stream_mode=LAZY), Keeper.spawn())
     made.start()
     path = str(made._listener.path)
@@ -336,7 +337,7 @@ def test_connection_that_is_given_up_while_it_speaks_disturbs_nobody(
         with transport.connect(path, WAIT_S) as second:  # before the first speaks, so that it is accepted first
             first.send(b"hello")
             made._turn()
-            assert list(made._handshakes) == [one.connection.fileno() for one in made._handshakes.values()]
+            assert list(made.door.handshakes) == [one.connection.fileno() for one in made.door.handshakes.values()]
             second.send(protocol.pack_hello("data"))
             made._turn()
             data, fds = second.receive(WAIT_S)

@@ -1,8 +1,9 @@
 """coordinator: the side that serves: blocks, helpers, operators and the loop that ties them to the fault threads.
 
-options (what was asked for) · blocks (a block's life) · helpers (who is attached) · handshake (a connection until it
-is attached) · parent (the program that started us) · takeover (what is left to the next one) · server (the loop). No
-fault passes through any of it: see the rule of two languages in docs/explanation/architecture.md.
+options (what was asked for) · blocks (a block's life) · helpers (who is attached) · door (who is not yet) · handshake
+(a connection until it is attached) · parent (the program that started us) · takeover (what is left to the next one) ·
+server (the loop). No fault passes through any of it: see the
+rule of two languages in docs/explanation/architecture.md.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ fault.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import errno
 import logging
@@ -15,12 +14,12 @@ import resource
 import selectors
 import socket
 import sys
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from pcshare import fds, probe, runtime, status, trace
 from pcshare.coordinator.blocks import Blocks
+from pcshare.coordinator.door import Door
 from pcshare.coordinator.exports import Exports
 from pcshare.coordinator.handshake import Handshake
 from pcshare.coordinator.helpers import Helpers
@@ -53,7 +52,7 @@ from pcshare.protocol import Admin, AdminOp, Mode, Replace
 from pcshare.state import State
 from pcshare.store import FdStore
 from pcshare.trace import TraceFile
-from pcshare.transport import Listener
+from pcshare.transport import Connection, Listener
 
 if TYPE_CHECKING:
     from pcshare.coordinator.incoming import IncomingMigration
@@ -61,7 +60,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("pcshare")
 
 REAP_INTERVAL_S = 0.25  # how soon after its death a helper without a socket is let go
-HANDSHAKES_MAX = 1024  # connections that have not attached yet: as HELPERS_MAX, which may all come at once
 SOCKET_MODE, SHARED_SOCKET_MODE = 0o600, 0o666  # shared: SO_PEERCRED decides
 
 _BLOCK_EVENTS = (
@@ -109,9 +107,6 @@ class Server:
         self._stopping = False
         self._has_served = False
         self.makes_way = False  # another program goes on from here
-        self._handshakes: dict[int, Handshake] = {}
-        self._accepting = False
-        self._accept_again = 0.0  # not before that time
         self._resume_mode = (STREAM_EAGER, 0)
         self.incoming: IncomingMigration | None = None
         self._ended = False  # all blocks are complete and the fault threads have joined
@@ -331,7 +326,8 @@ class Server:
             self._closing.callback(self._device.close)
         self._listener = Listener(path, SHARED_SOCKET_MODE if self.options.shared else SOCKET_MODE, taken)
         self._closing.callback(self._listener.close)
-        self._closing.callback(self._drop_handshakes)
+        self.door = Door(self._listener, self._selector, self._handshake)
+        self._closing.callback(self.door.close)
         self._watch(self._stop_read, self._drain_stop)
         self._watch(self.fault_threads, self._take_events)
         self._watch(self.blocks.links, self._hear_links)
@@ -340,7 +336,7 @@ class Server:
             self._watch(self.incoming, self._hear_incoming)
         if self._parent is not None:
             self._watch(self._parent, self._parent_spoke)
-        self._accept_more(True)
+        self.door.open()
         self._take_events()
 
     def _tell_ready(self, path: str) -> None:
@@ -377,21 +373,20 @@ class Server:
     def _turn(self) -> None:
         for key, _ in self._selector.select(self._wait_s()):
             key.data()
-        self._expire_handshakes()
+        self.door.look()
         self.helpers.reap()
         self.exports.handle()
         self._hear_incoming()
         self._join_if_ended()
 
     def _wait_s(self) -> float | None:
-        waits = [handshake.deadline - time.monotonic() for handshake in self._handshakes.values()]
-        if self.helpers.has_unreaped() or not self._accepting:
-            waits.append(REAP_INTERVAL_S)
-        if (export_wait_s := self.exports.wait_s()) is not None:
-            waits.append(export_wait_s)
-        if self.incoming is not None and (incoming_wait_s := self.incoming.wait_s()) is not None:
-            waits.append(incoming_wait_s)
-        return max(0.0, min(waits)) if waits else None
+        waits = [
+            self.door.wait_s(),
+            REAP_INTERVAL_S if self.helpers.has_unreaped() else None,
+            self.exports.wait_s(),
+            self.incoming.wait_s() if self.incoming is not None else None,
+        ]
+        return min((wait_s for wait_s in waits if wait_s is not None), default=None)
 
     def stop(self, reason: PcshareError | None = None) -> None:
         """Ends run(); from any thread and from a signal handler."""
@@ -412,26 +407,8 @@ class Server:
             log.info("the program that started this coordinator has ended")
             self.stop()
 
-    # -- connections
-
-    def _accept_more(self, wanted: bool) -> None:
-        if wanted and not self._accepting:
-            self._watch(self._listener, self._accept)
-        elif not wanted and self._accepting:
-            self._selector.unregister(self._listener)
-        self._accepting = wanted
-
-    def _accept(self) -> None:
-        try:
-            connection = self._listener.accept()
-        except OSError as error:  # no fds left: those that are here come first
-            log.warning("cannot accept a helper: %s", error.strerror)
-            self._accept_more(False)
-            self._accept_again = time.monotonic() + REAP_INTERVAL_S
-            return
-        if connection is None:
-            return
-        handshake = Handshake(
+    def _handshake(self, connection: Connection) -> Handshake:
+        return Handshake(
             connection,
             self.options,
             self.blocks,
@@ -441,44 +418,6 @@ class Server:
             self._segment.fd,
             self._carry_out,
         )
-        self._handshakes[connection.fileno()] = handshake
-        self._selector.register(connection, selectors.EVENT_READ, lambda: self._step(handshake))
-        if len(self._handshakes) > HANDSHAKES_MAX:
-            self._drop_greediest()
-
-    def _drop_greediest(self) -> None:
-        """Makes room: the oldest connection of the process that has most of them."""
-        pids = {number: one.connection.credentials().pid for number, one in self._handshakes.items()}
-        counts = collections.Counter(pids.values())
-        self._forget(max(pids, key=lambda number: counts[pids[number]])).make_room()
-
-    def _forget(self, number: int) -> Handshake:
-        self._selector.unregister(number)
-        return self._handshakes.pop(number)
-
-    def _step(self, handshake: Handshake) -> None:
-        number = handshake.connection.fileno()
-        if self._handshakes.get(number) is not handshake:
-            return  # given up since select() found it readable
-        key = self._selector.get_key(number)
-        self._selector.unregister(number)
-        del self._handshakes[number]
-        if handshake.step():
-            self._handshakes[number] = handshake
-            self._selector.register(number, selectors.EVENT_READ, key.data)
-
-    def _expire_handshakes(self) -> None:
-        now = time.monotonic()
-        for number, handshake in list(self._handshakes.items()):
-            if handshake.deadline <= now:
-                self._forget(number).time_out()
-        if not self._accepting and now >= self._accept_again:
-            self._accept_more(True)
-
-    def _drop_handshakes(self) -> None:
-        for handshake in self._handshakes.values():
-            handshake.connection.close_unread()
-        self._handshakes.clear()
 
     # -- events of the core
 
