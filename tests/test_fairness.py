@@ -174,7 +174,7 @@ def test_who_is_over_a_limit_is_told_which(runtime_dir: Path, data_file: Path) -
             "    h.connection.send(protocol.pack_request(i * 4096, 4096, 1))"
         )
         told = rude.do("said = h.connection.receive(20.0)[0]; protocol.parse(said, 0).text")
-        assert f"more than {REQUESTS_IN_FLIGHT_MAX} ranges at once" in told
+        assert f"more ranges at once than a helper may: {REQUESTS_IN_FLIGHT_MAX}" in told
         assert "FAULT_REQUESTS_IN_FLIGHT_MAX" in told
         assert [one.state for one in served.helpers(other.pid)] == ["attached"]
 

@@ -354,9 +354,9 @@ _OFFENCES = {
     errno.EPROTO: "it sent what is no message of an attached helper",
     errno.ERANGE: "it asked for a range outside the block",
     errno.ENOSPC: "its mapping fell into more pieces than are followed (16)",
-    errno.EUSERS: f"it waits for more than {DEMANDS_IN_FLIGHT_MAX} pages at once, the most for a helper "
+    errno.EUSERS: f"it waits for more pages at once than a helper may: {DEMANDS_IN_FLIGHT_MAX} "
     "(FAULT_DEMANDS_IN_FLIGHT_MAX; no option changes it: several attachments may have as many each)",
-    errno.EDQUOT: f"it asked for more than {REQUESTS_IN_FLIGHT_MAX} ranges at once, the most for a helper "
+    errno.EDQUOT: f"it asked for more ranges at once than a helper may: {REQUESTS_IN_FLIGHT_MAX} "
     "(FAULT_REQUESTS_IN_FLIGHT_MAX; no option changes it: let the helper wait for answers)",
 }
 

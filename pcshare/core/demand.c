@@ -23,9 +23,10 @@ struct demand {
 
 static uint32_t share_of(struct fault_threads *ft, const struct remote_fd *remote)
 {
-    if (remote->is_own)
-        return UINT32_MAX;
-    return __atomic_load_n(&served_block_of(ft, remote->block)->channel->demands_of_one, __ATOMIC_RELAXED);
+    const struct page_channel *channel = served_block_of(ft, remote->block)->channel;
+    uint32_t share = __atomic_load_n(&channel->demands_of_one, __ATOMIC_RELAXED);
+
+    return remote->is_own || !share ? UINT32_MAX : share;
 }
 
 int demand_reserve(struct fault_threads *ft, struct remote_fd *remote)

@@ -59,7 +59,7 @@ struct page_channel {
     uint32_t stream_piece_bytes;
     uint32_t stream_piece_count;
     uint32_t stream_piece_count_demand; /* while somebody waits in a fault */
-    uint32_t demands_of_one; /* pages of one helper's faults that it is asked for at once */
+    uint32_t demands_of_one; /* pages of one helper's faults that it is asked for at once; 0: any number */
     int pushes; /* its source sends every page of its own accord: only what somebody wants is asked for */
 };
 
