@@ -22,6 +22,8 @@ ROM = "/rom@etc/acpi/tables"
 RAM_BYTES, ROM_BYTES = 4 * MIB, 32 * PAGE
 N_PAGES = RAM_BYTES // PAGE
 SLOWLY = 2.0 * MIB  # bytes a second: the coordinator dies in the middle of it
+# What is asked for is not held back on a preempt channel: nor must that be over before.
+READ_SLOWLY = f"b''.join((time.sleep(0.003), read(b, page * {PAGE}, {PAGE}))[1] for page in range({N_PAGES}))"
 
 each_preempt = pytest.mark.parametrize("preempt", list(Preempt), ids=lambda one: f"preempt {one.value}")
 
@@ -151,7 +153,8 @@ def test_death_in_postcopy(scene: Scene, preempt: Preempt, share: float) -> None
         reads = []
         for helper, attached in waiting:
             attached.result()
-            reads.append(helper.start("bytes(b)"))
+            helper.do("import time")
+            reads.append(helper.start(READ_SLOWLY))
         for _ in range(2):
             assert may_kill.wait(WAIT_S)
             may_kill.clear()
@@ -161,7 +164,7 @@ def test_death_in_postcopy(scene: Scene, preempt: Preempt, share: float) -> None
         for read in reads:
             assert read.result() == source.memory(RAM)
     scene.assert_whole(source)
-    assert N_PAGES > lacking[0] > lacking[1] > 0
+    assert N_PAGES > lacking[0] > lacking[1]
     assert scene.served.restarts == 2
 
 
