@@ -370,7 +370,7 @@ class Round:
         """At the status segment, a few times a second; at resources once a second."""
         self._take_dead()
         self._look_at_servers()
-        report = read_status(self._name)
+        report = self._report()
         if not self._served.look(report):
             self._troupe.outage_begins()
             return
@@ -388,6 +388,13 @@ class Round:
         if time.monotonic() - self._held_s >= RESOURCES_PERIOD_S:
             self._held_s = time.monotonic()
             self._check_during(report)
+
+    def _report(self) -> StatusReport:
+        try:
+            return read_status(self._name)
+        except errors.NoSuchCoordinator:
+            self._tally.fail("its status has gone: it has ended, and nobody told it to")
+            raise Stuck from None
 
     def _look_at_servers(self) -> None:
         """One that ends by itself is no failure of ours: another one comes."""
