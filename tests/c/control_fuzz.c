@@ -317,11 +317,12 @@ static int second_request(struct outcome *outcome, const struct wire_request *re
     if (!(request->flags & WIRE_REQUEST_WAIT))
         return 0;
     if (outcome->in_flight == FAULT_REQUESTS_IN_FLIGHT_MAX)
-        return end_as(outcome, EVENT_REMOTE_DISABLED, EUSERS, 0);
-    if (which == HOLES || start == (request->offset + request->length + PAGE - 1) / PAGE * PAGE)
+        return end_as(outcome, EVENT_REMOTE_DISABLED, EDQUOT, 0);
+    uint64_t end = (request->offset + request->length + PAGE - 1) / PAGE * PAGE;
+    if (which == HOLES || start == end)
         answer(outcome, request, 0, 0, 0);
     else if (which == LOST)
-        answer(outcome, request, -EIO, start, PAGE);
+        answer(outcome, request, -EIO, start, end - start);
     else
         outcome->in_flight++;
     return 0;
@@ -412,7 +413,7 @@ static void run_session(void)
         if (!over) {
             over = second_reading(&outcome, &message, which);
             fuzz_inputs += (uint64_t)is_mutated;
-            n_crowds += over && outcome.error == EUSERS;
+            n_crowds += over && outcome.error == EDQUOT;
         }
         REQUIRE(send_message(ends[1], &message) == 0);
     }

@@ -503,7 +503,8 @@ static void run_again(struct pcshare_attachment *a, int peer, const struct messa
     memcpy(&before, first->bytes, sizeof(before));
     memcpy(&now, message.bytes, sizeof(now));
     if (said == 0 && (now.used_length != before.used_length || now.map_length != before.map_length ||
-                      now.page_size != before.page_size || now.features != before.features))
+                      now.page_size != before.page_size || now.features != before.features ||
+                      ((now.flags ^ before.flags) & WIRE_WELCOME_STRICT)))
         said = -ESTALE;
     else if (said == 0)
         said = second_status(&message);
