@@ -65,11 +65,12 @@ static void handle_request(struct fault_threads *ft, struct remote_fd *remote, c
 
 static int is_wellformed(const union control_message *message, int length)
 {
+    if (length < (int)sizeof(message->header))
+        return 0;
     uint32_t wanted = message->header.type == WIRE_REQUEST ? sizeof(message->request) : sizeof(message->plain);
-
-    return length >= (int)sizeof(message->header) && message->header.magic == WIRE_MAGIC &&
-           message->header.version == WIRE_VERSION && message->header.length == (uint32_t)length &&
-           (uint32_t)length == wanted && (message->header.type == WIRE_REQUEST || message->header.type == WIRE_LEAVE);
+    return message->header.magic == WIRE_MAGIC && message->header.version == WIRE_VERSION &&
+           message->header.length == (uint32_t)length && (uint32_t)length == wanted &&
+           (message->header.type == WIRE_REQUEST || message->header.type == WIRE_LEAVE);
 }
 
 /* Whether there may be more to read. */
