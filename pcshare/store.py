@@ -83,7 +83,8 @@ class FdStore:
         try:
             self._datagrams.send(text.encode(), fds)
         except OSError as error:
-            log.warning("not kept for a restart (%s): %s", text.splitlines()[-1], error.strerror)
+            if fds:  # what is only removed, or told, is of no use to anybody where nobody listens
+                log.warning("not kept for a restart (%s): %s", text.splitlines()[1], error.strerror)
 
     def close(self) -> None:
         """Nothing is told from here on. Twice is fine."""

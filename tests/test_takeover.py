@@ -23,6 +23,7 @@ import psutil
 import pytest
 
 import pcshare
+from pcshare import trace
 from pcshare.errors import SourceLost
 from pcshare.protocol import AdminOp
 from pcshare.status import StatusReport, read_status
@@ -510,6 +511,25 @@ def test_file_that_has_lost_its_name_is_still_the_source(
         assert helper.do("bytes(b)") == content
         served.wait_for_state("END")
         served.restart()
+        assert served.attached().do("bytes(b)") == content
+
+
+def test_file_of_a_complete_block_may_be_gone_also_if_the_next_one_dies_too(
+    runtime_dir: Path, data_file: Path, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P5: what was at its end stays there, wherever the one that takes it over dies."""
+    death = tmp_path / "death"
+    monkeypatch.setenv(trace.DIE_VARIABLE, str(death))
+    with restarting(f"data={data_file}") as served:
+        helper = served.attached()
+        served.wait_for_state("END")
+        data_file.unlink()
+        for step in ("blocks_taken", "helpers_taken"):
+            trace.write_death(death, step, 1)
+            served.restart()
+            assert not death.exists(), "nobody died there"
+            assert served.block().state == "END"
+        assert helper.do("bytes(b)") == content
         assert served.attached().do("bytes(b)") == content
 
 

@@ -5,6 +5,8 @@ takes up again what it has not sent, as after any other break; helpers wait, and
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 
 from support import wait_until
-from support_migration import HUGE_PAGE, HungUp, Preempt, Source, SourceBlock, playing, to_unix
+from support_migration import HUGE_PAGE, HungUp, Preempt, Refused, Source, SourceBlock, playing, to_unix
 from support_qemu import MIB, POSTCOPY, PREEMPT, RAM, UNLIMITED, Guest, Qemu, assert_same_memory
 from support_serving import PAGE, WAIT_S, HelperProcess, Pending
 from support_takeover import Restarting, restarting
@@ -56,6 +58,9 @@ class Scene:
 
     def wait_for_summary(self, state: str) -> None:
         wait_until(lambda: self.served.status().state == state, f"{state}: {self.served.status()}", WAIT_S)
+
+    def listens(self) -> bool:
+        return str(self.path) in Path("/proc/net/unix").read_text()
 
     def assert_whole(self, source: Source) -> None:
         for idstr in source.blocks:
@@ -254,18 +259,46 @@ def test_death_with_huge_pages(scene: Scene, huge_pages: Callable[[int], None]) 
 
 
 def test_death_after_the_end(scene: Scene) -> None:
-    """Nobody listens for a source any more, and the blocks stay."""
+    """Nobody listens for a source any more, nobody waits for one, and the blocks stay; also while a helper is stopped,
+    and has not let go of its block."""
     source = scene.source()
     with playing(source):
-        helper = scene.attached()
+        helper, stopped = scene.attached(), scene.attached()
+        os.kill(stopped.pid, signal.SIGSTOP)
         helper.do("b.wait()")
     scene.assert_whole(source)
     for _ in range(2):
+        assert not scene.listens()
         scene.served.restart()
-        assert scene.served.status().state == "END"
+        assert (scene.served.status().state, scene.served.status().reason) == ("END", "")
         assert helper.do("bytes(b)") == source.memory(RAM)
         scene.assert_whole(source)
+    os.kill(stopped.pid, signal.SIGCONT)
+    assert stopped.do("bytes(b)") == source.memory(RAM)
     assert not scene.path.exists()
+
+
+def test_death_after_an_end_that_was_no_good_one(scene: Scene) -> None:
+    """P3: what never came will not come now either, and who waits for it waits, visibly."""
+    source = scene.source()
+
+    def script(source: Source) -> None:
+        source.connect()
+        source.enter_postcopy()
+        with pytest.raises(Refused):
+            source.finish()
+
+    with playing(source, script):
+        helper = scene.attached()
+        touch = helper.start("read(b, 0)")
+    wait_until(lambda: "pages never came" in scene.served.status().reason, "the end to be noticed", WAIT_S)
+    for _ in range(2):
+        scene.served.restart()
+        assert scene.served.status().state == "PAUSED"
+        assert "pages never came" in scene.served.status().reason
+        assert not scene.listens()
+        scene.served.wait_for_waiting(1)
+    assert not touch.is_done()
 
 
 # ---- a real QEMU ----

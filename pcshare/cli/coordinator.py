@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pcshare.coordinator.parent import ParentLink
     from pcshare.fds import OwnedFd
     from pcshare.keeper import Keeper
-    from pcshare.store import Kept
+    from pcshare.store import FdStore, Kept
 
 PR_SET_DUMPABLE = 4
 REPLACE_TIMEOUT_S = 30.0  # from the order to the first served helper: a start takes some tenths of a second
@@ -148,7 +148,7 @@ def _run(socket_fd: OwnedFd | None, kept: Kept, parent: ParentLink | None, given
     store.know(kept)
     _inherit_device(kept, by_number=socket_fd is None or not kept)
     before = Predecessor.found(kept, store)
-    server = Server(chosen, _keeper(socket_fd, kept), parent, store, before)
+    server = Server(chosen, _keeper(socket_fd, kept, store), parent, store, before)
     with options.stop_signals(server.stop), _ended(server):
         is_first = server.start()
         if parent is None and is_first:
@@ -176,13 +176,16 @@ def _inherit_device(kept: Kept, *, by_number: bool) -> None:
         uffd.inherit_device(found)
 
 
-def _keeper(socket_fd: OwnedFd | None, kept: Kept) -> Keeper:
-    """The one that is our parent; the one that a coordinator before us has spawned; a new one."""
+def _keeper(socket_fd: OwnedFd | None, kept: Kept, store: FdStore) -> Keeper:
+    """The one that is our parent; the one that a coordinator before us has spawned, if it lives; a new one."""
     from pcshare.coordinator.takeover import KEEPER
     from pcshare.keeper import Keeper
 
     if socket_fd is None and KEEPER in kept:
-        socket_fd = kept.pop(KEEPER)[0]
+        try:
+            return Keeper(kept.pop(KEEPER)[0])
+        except errors.PcshareError:  # dead, and its blocks with it
+            store.remove(KEEPER)
     return Keeper.spawn() if socket_fd is None else Keeper(socket_fd)
 
 
@@ -211,7 +214,7 @@ def _take_place(name: str, as_json: bool) -> int:
     from pcshare import admin, status
 
     token = secrets.token_hex(8)
-    before = status.read_status(name)
+    before = status.await_restart(name, time.monotonic() + REPLACE_TIMEOUT_S)
     if not before.alive:
         raise errors.NoSuchCoordinator(
             f"coordinator {name!r} (pid {before.pid}) is dead: nothing goes on there",
@@ -245,9 +248,10 @@ def _await_successor(name: str, pid_before: int, token: str) -> int:
     deadline_s = time.monotonic() + REPLACE_TIMEOUT_S
     while time.monotonic() < deadline_s:
         report = status.read_status(name)
-        if report.pid != pid_before and report.alive:
-            if token.encode() in Path(f"/proc/{report.pid}/cmdline").read_bytes():
-                return report.pid
+        words = _command_line(report.pid) if report.pid != pid_before and report.alive else b""
+        if token.encode() in words:
+            return report.pid
+        if words:
             raise errors.PcshareError(
                 f"the new coordinator {name!r} did not come to serve; the old program (pid {report.pid}) goes on",
                 hint="what it wrote to the stderr of the old one says why",
@@ -256,6 +260,13 @@ def _await_successor(name: str, pid_before: int, token: str) -> int:
     raise errors.AttachTimeout(
         f"coordinator {name!r} was not replaced within {REPLACE_TIMEOUT_S:g} s", errno=errno.ETIMEDOUT
     )
+
+
+def _command_line(pid: int) -> bytes:
+    """Nothing of one that has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def _options(given: dict[str, Any]) -> Options:

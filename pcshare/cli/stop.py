@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from pcshare.status import StatusReport
 
 
-LOOK_AGAIN_S = 0.02
-
-
 @click.command(name="stop")
 @click.argument("name", type=NAME)
 @click.option(
@@ -46,9 +43,10 @@ def command(name: str, timeout: float, socket_path: str | None, as_json: bool) -
     """
     from pcshare import admin
     from pcshare.protocol import AdminOp
+    from pcshare.status import await_restart
 
     deadline_s = time.monotonic() + timeout
-    report = _await_restart(name, deadline_s)
+    report = await_restart(name, deadline_s)
     with _process(report) as process_fd:
         admin.send(operator_socket(name, socket_path), AdminOp.STOP, timeout_s=timeout)
         gone = _wait_until_gone(process_fd, max(0.0, deadline_s - time.monotonic()))
@@ -68,15 +66,6 @@ def command(name: str, timeout: float, socket_path: str | None, as_json: bool) -
         )
     elif pids := _pids(report):
         click.echo(f"pcshare: {name} has ended; attached until then: {_named(pids)}", err=True)
-
-
-def _await_restart(name: str, deadline_s: float) -> StatusReport:
-    """What serves; one that was killed, and is being started again, is waited for."""
-    from pcshare.status import read_status
-
-    while (report := read_status(name)).restarting and time.monotonic() < deadline_s:
-        time.sleep(LOOK_AGAIN_S)
-    return report
 
 
 @contextlib.contextmanager

@@ -64,34 +64,35 @@ class Arrival:
 
 
 class Arrivals:
-    """Listens at once; taken: on sockets that do so already. judge: says what becomes of a connection of that kind, and
-    takes it where it says TAKE. is_idle: no connection is read, so that a silent one belongs to nobody."""
+    """Listens at once; taken: on sockets that do so already; place None: nowhere. judge: says what becomes of a
+    connection of that kind, and takes it where it says TAKE. is_idle: no connection is read, so that a silent one
+    belongs to nobody."""
 
     def __init__(
         self,
-        place: str,
+        place: str | None,
         judge: Callable[[Arrival, ConnectionKind], Verdict],
         is_idle: Callable[[], bool],
         taken: Sequence[OwnedFd] = (),
     ) -> None:
         self._judge = judge
         self._is_idle = is_idle
-        self._listening = Listening(parse_address(place), taken)
+        self._listening = None if place is None else Listening(parse_address(place), taken)
         self._selector = selectors.EpollSelector()
         self._waiting: list[Arrival] = []
         self._numbers = itertools.count()
-        for listener in self._listening.sockets:
+        for listener in self.sockets:
             listener.setblocking(False)
             self._selector.register(listener, selectors.EVENT_READ, None)
 
     @property
     def sockets(self) -> list[socket.socket]:
-        return self._listening.sockets
+        return [] if self._listening is None else self._listening.sockets
 
     @property
     def addresses(self) -> list[str]:
         """As bound."""
-        return self._listening.addresses
+        return [] if self._listening is None else self._listening.addresses
 
     def fileno(self) -> int:
         return self._selector.fileno()
@@ -177,9 +178,10 @@ class Arrivals:
         """Nobody can connect any more; who waits is hung up on. Twice is fine."""
         for arrival in list(self._waiting):
             self._drop(arrival)
-        for listener in self._listening.sockets:
+        for listener in self.sockets:
             self._selector.unregister(listener)
-        self._listening.close()
+        if self._listening is not None:
+            self._listening.close()
 
     def close(self) -> None:
         """Twice is fine."""

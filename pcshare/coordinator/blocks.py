@@ -151,7 +151,7 @@ class Blocks:
     def reopen_source(self, kept: KeptBlock, fd: OwnedFd | None) -> OpenedSource:
         """The source that a block had; a server of it may be away. UsageError: the options name none for it."""
         for spec in self._options.sources:
-            if spec.block == kept.idstr and self._segment.block_slot(kept.index).state == State.END:
+            if spec.block == kept.idstr and self._is_at_end(kept):
                 return CompleteSource(spec, kept.source)
             if spec.block == kept.idstr:
                 return reopen_source(spec, kept.source, fd)
@@ -175,8 +175,11 @@ class Blocks:
         source.watch(self.links.of_block(block.index), patience_s)
         fault_threads.add_block(ram, source.make_channel(), poison=self._options.poison)
         block.is_served = True
-        self._change(block, State.RUNNING)
+        self._change(block, State.END if self._is_at_end(kept) else State.RUNNING)
         return block
+
+    def _is_at_end(self, kept: KeptBlock) -> bool:
+        return bool(self._segment.block_slot(kept.index).state == State.END)
 
     def drop_unclaimed(self) -> None:
         """What the coordinator before this one announced and never handed out."""

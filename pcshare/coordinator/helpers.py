@@ -110,7 +110,7 @@ class Helpers:
 
     def check_room(self, uid: int) -> None:
         """LimitReached where one more would be too many, of all or of this user."""
-        if not self._free_slots:
+        if len(self._by_id) >= self._helpers_max or not self._free_slots:
             raise LimitReached(
                 f"{self._helpers_max} helpers are attached, more are not allowed",
                 errno=errno.EUSERS,
@@ -321,7 +321,8 @@ class Helpers:
     def _forget(self, slot: int, may_write: bool) -> None:
         self._store.remove(kept_name(slot, may_write=may_write))
         self._segment.clear_helper(slot)
-        self._free_slots.append(slot)
+        if slot < self._helpers_max:  # a coordinator before this one may have allowed more
+            self._free_slots.append(slot)
 
     # -- telling
 

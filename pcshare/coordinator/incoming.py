@@ -110,8 +110,8 @@ class _Connection:
 
 
 class IncomingMigration:
-    """A coordinator's only source. start() listens; close() may be called at any time, twice. on_served is called, in
-    the loop, when blocks have been handed out."""
+    """A coordinator's only source. close() may be called at any time, twice. Called in the loop: on_served, when blocks
+    have been handed out; on_over, before nobody can connect any more."""
 
     def __init__(
         self,
@@ -121,9 +121,12 @@ class IncomingMigration:
         keeper: Keeper,
         fault_threads: FaultThreads,
         on_served: Callable[[], None],
+        on_over: Callable[[], None],
         taken: Sequence[OwnedFd] = (),
+        *,
+        was_over: bool = False,
     ) -> None:
-        """taken: sockets that listen already."""
+        """taken: sockets that listen already. was_over: before this coordinator took over; nobody may connect."""
         self._spec = incoming_source(options)
         self._options = options
         self._blocks = blocks
@@ -131,6 +134,7 @@ class IncomingMigration:
         self._keeper = keeper
         self._fault_threads = fault_threads
         self._on_served = on_served
+        self._on_over = on_over
         self._device_state = DeviceStateFile(options.device_state) if options.device_state else None
         self._phase = Phase.WAITING
         self._inbound: Inbound | None = None
@@ -146,7 +150,7 @@ class IncomingMigration:
         self._progress_at_s: float | None = None
         self._complete = threading.Event()  # every block is, or the end has come
         self.calls = Calls()
-        self._arrivals = Arrivals(self._spec.target, self._judge, self._is_idle, taken)
+        self._arrivals = Arrivals(None if was_over else self._spec.target, self._judge, self._is_idle, taken)
         self._epoll = select.epoll()
         for one in (self.calls, self._arrivals):
             self._epoll.register(one.fileno(), select.EPOLLIN)
@@ -173,9 +177,15 @@ class IncomingMigration:
         was over."""
         self._inbound = Inbound(self._spec, self._blocks, self._keeper, self._fault_threads)
         self._inbound.take_over(kept, ram_section_id or 0)
-        if ram_section_id is None:
+        missing = self._inbound.missing_pages()
+        if ram_section_id is None and missing:
+            self._fail("the source", SourceIncomplete(f"it has ended, and {missing} pages never came"))
+        elif ram_section_id is None:
             self._end()
-            return
+        else:
+            self._await_recovery()
+
+    def _await_recovery(self) -> None:
         self._away_since_s = time.monotonic()
         self._enter(Phase.PAUSED)
         self._report_link("its connection ended with the coordinator before this one", is_away=True)
@@ -468,20 +478,24 @@ class IncomingMigration:
 
     def _end(self) -> None:
         """Every byte is here, and the source knows."""
-        self._phase = Phase.OVER
-        self._arrivals.end()
+        self._finish()
         self._close_inbound()
-        self._say_what_is_awaited()
         log.info("the migration is complete")
 
     def _fail(self, peer: str, error: SourceIncomplete) -> None:
         """What has not come never will: the source has let go of it."""
         log.error("%s: %s", peer, error)
-        self._phase = Phase.OVER
-        self._arrivals.end()
+        self._finish()
         if self._options.poison:
             self._give_up_requests()
         self._report_link(str(error), is_away=True, cure="it will not come back")
+
+    def _finish(self) -> None:
+        """No source is wanted any more."""
+        self._phase = Phase.OVER
+        self._on_over()
+        self._arrivals.end()
+        self._say_what_is_awaited()
 
     def _patience_ends_s(self) -> float:
         if not self._options.poison or self._away_since_s is None:

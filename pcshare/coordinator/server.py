@@ -13,6 +13,7 @@ import os
 import resource
 import selectors
 import socket
+import stat
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
@@ -173,6 +174,8 @@ class Server:
             self.exports.start(self._socket_path, self.options.name, self.blocks)
 
     def _check_options(self, report: probe.HostReport) -> None:
+        if self._predecessor is not None and self.options.shared:
+            _check_shared(self._predecessor.state.socket_path)
         if self.options.strict:
             probe.check_strict(self.options.page_size, report)
         if self.options.poison and "POISON" not in report.features:
@@ -241,11 +244,19 @@ class Server:
         for source in opened:
             self.blocks.add(source, self._keeper, self.fault_threads)
 
-    def _make_incoming(self, taken: list[OwnedFd]) -> IncomingMigration:
+    def _make_incoming(self, taken: list[OwnedFd], *, was_over: bool = False) -> IncomingMigration:
         from pcshare.coordinator.incoming import IncomingMigration
 
         self.incoming = IncomingMigration(
-            self.options, self.blocks, self._segment, self._keeper, self.fault_threads, self._listened, taken
+            self.options,
+            self.blocks,
+            self._segment,
+            self._keeper,
+            self.fault_threads,
+            self._listened,
+            self._migration_over,
+            taken,
+            was_over=was_over,
         )
         self._closing.callback(self.incoming.close)
         return self.incoming
@@ -254,7 +265,8 @@ class Server:
         state, kept_fds = before.state, before.take_numbered(SOURCE)
         trace.step("taking_over")
         if self.options.takes_migration:
-            incoming = self._make_incoming(before.take_all(INCOMING))
+            was_over = bool(state.blocks) and state.ram_section_id is None
+            incoming = self._make_incoming([] if was_over else before.take_all(INCOMING), was_over=was_over)
             if state.blocks:
                 incoming.take_over(state.blocks, state.ram_section_id)
         else:
@@ -273,6 +285,11 @@ class Server:
         """A migration has handed its memory out."""
         self._keep_state()
         self._blocks_are_served()
+
+    def _migration_over(self) -> None:
+        """Kept before its sockets are gone: the coordinator after this one must not wait for a source there."""
+        self._keep_state()
+        self._store.remove(INCOMING)
 
     def _set_stream(self, as_before: bool) -> None:
         """What an operator has steered since goes on."""
@@ -456,8 +473,6 @@ class Server:
         if self.incoming is not None and not self.incoming.is_over:
             return
         self._ended = True
-        if self.incoming is not None:
-            self._keep_state()  # that it is over
         self._selector.unregister(self.fault_threads)
         self.fault_threads.stop()
         self.notifiers.notify(Change.INBOUND_END)
@@ -476,6 +491,8 @@ class Server:
 
     def _make_way(self, order: Replace) -> None:
         """The keeper starts the other one when we have gone."""
+        if self.makes_way:
+            raise PcshareError("another program takes this coordinator's place already", errno=errno.EBUSY)
         if not self._store.is_there or not self.options.keeper_restarts:
             raise UsageError(
                 "this coordinator has no keeper that could start another one in its place",
@@ -543,6 +560,16 @@ class Server:
 def _features(report: probe.HostReport, *, strict: bool) -> dict[Mode, int]:
     """What helpers' uffds are opened with."""
     return {mode: probe.wanted_features(report.features, writing=mode is Mode.RW, strict=strict) for mode in Mode}
+
+
+def _check_shared(socket_path: str) -> None:
+    """A socket that was made for its own user is not opened to others while it is in use."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_IMODE(os.stat(socket_path).st_mode) != SHARED_SOCKET_MODE:
+            raise UsageError(
+                "other users cannot be let in by --replace: the socket of this coordinator is its own user's alone",
+                hint="stop it, and start it with --allow-uid or --allow-gid",
+            )
 
 
 def _cpus(wanted: int | None) -> list[int]:

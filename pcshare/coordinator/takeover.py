@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import socket
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -194,9 +195,19 @@ class Predecessor:
                 connection.send(protocol.pack_bye())
                 connection.shutdown()
             store.remove(kept_name(helper.slot, may_write=helper.may_write))
+        for kept_as, fds in self._kept.items():
+            if kept_as in (LISTENER, INCOMING) or kept_as.startswith(EXPORT):
+                _end_listening(fds)
         for kept_as in (*self._kept, STATE, HELPER_TABLE):
             store.remove(kept_as)
         for path in (runtime.shm_path(name), Path(self.state.socket_path)):
             path.unlink(missing_ok=True)
         self._kept.clear()
         self.helpers.close()
+
+
+def _end_listening(fds: Sequence[OwnedFd]) -> None:
+    """At once, whoever else holds a copy: their addresses are wanted again."""
+    for fd in fds:
+        with contextlib.suppress(OSError), socket.socket(fileno=fd.detach()) as listener:
+            listener.shutdown(socket.SHUT_RDWR)

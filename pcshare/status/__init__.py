@@ -17,7 +17,7 @@ from pcshare.status.layout import (
     summary_state,
 )
 from pcshare.status.leftovers import Leftovers, in_use, leftovers, name_in_use, remove_leftovers
-from pcshare.status.reader import StatusReader, read_status
+from pcshare.status.reader import StatusReader, await_restart, read_status
 from pcshare.status.report import (
     BlockStatus,
     Blocktime,
@@ -43,6 +43,7 @@ __all__ = [
     "SourceStatus",
     "StatusReader",
     "StatusReport",
+    "await_restart",
     "blocktime_quantile",
     "in_use",
     "leftovers",

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -43,6 +44,8 @@ from pcshare.status.report import (
     StatusReport,
     blocktime_quantile,
 )
+
+LOOK_AGAIN_S = 0.02  # at one that is being started again
 
 
 def _text(field: Any) -> str:
@@ -269,3 +272,11 @@ def read_status(name: str) -> StatusReport:
     """What the coordinator of that name does, or did when it died. Asks the segment, not the coordinator."""
     with StatusReader(name) as reader:
         return reader.report()
+
+
+def await_restart(name: str, deadline_s: float) -> StatusReport:
+    """As read_status; but one that was killed, and is being started again, is waited for: until time.monotonic() is
+    deadline_s at most."""
+    while (report := read_status(name)).restarting and time.monotonic() < deadline_s:
+        time.sleep(LOOK_AGAIN_S)
+    return report
