@@ -212,6 +212,9 @@ __attribute__((noreturn)) static void run_command(const struct care *c, char **c
     if (getppid() != keeper_pid)
         _exit(EXIT_FAILURE);
     signal(SIGPIPE, SIG_DFL);
+    signal(SIGINT, SIG_DFL); /* what came since the fork ends this process: our handler in it has nobody to tell */
+    signal(SIGTERM, SIG_DFL);
+    signal(SIGHUP, SIG_DFL);
     /* One that takes over opens its mask when it can hear: dying of a signal it would leave all behind. */
     if (!c->has_served)
         sigprocmask(SIG_SETMASK, &c->mask_before, NULL);
@@ -249,6 +252,8 @@ static char **read_command(int fd)
         n_words += bytes[i] == '\0';
     char **words = calloc(n_words + 1, sizeof(*words));
     char *at = bytes;
+    if (!words)
+        free(bytes);
     for (size_t i = 0; words && i < n_words; i++, at += strlen(at) + 1)
         words[i] = at;
     return words; /* bytes live as long as they do */

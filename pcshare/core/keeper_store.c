@@ -3,6 +3,7 @@
 #include "keeper_store.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -18,7 +19,10 @@
 #include "keeper.h"
 #include "uffd.h"
 
-enum { EVENT_ROUNDS_MAX = 64 }; /* reads of one uffd in a row, of UFFD_READ_MAX messages each */
+enum {
+    EVENT_ROUNDS_MAX = 64,      /* reads of one uffd in a row, of UFFD_READ_MAX messages each */
+    EVENTS_BYTES_MAX = 16 << 20 /* written down at most, about: who removes more waits for the next coordinator */
+};
 
 struct stored_fd {
     char name[STORE_NAME_MAX];
@@ -145,7 +149,7 @@ static void forward(const struct store *s, char *text, size_t length, const stru
 
     if (s->forward_fd < 0)
         return;
-    if (told->stores && length + sizeof(no_poll) <= STORE_DATAGRAM_MAX) {
+    if (told->stores) { /* there is room for it: store_receive */
         memcpy(text + length, no_poll, sizeof(no_poll) - 1);
         length += sizeof(no_poll) - 1;
     }
@@ -222,10 +226,27 @@ static int is_writer(const struct stored_fd *one)
     return !one->is_broken && strncmp(one->name, STORE_WRITER_PREFIX, strlen(STORE_WRITER_PREFIX)) == 0;
 }
 
+static int find(const struct store *s, const char *name)
+{
+    for (uint32_t i = 0; i < s->count; i++)
+        if (strcmp(s->fds[i].name, name) == 0)
+            return s->fds[i].fd;
+    return -1;
+}
+
+static int events_are_full(const struct store *s)
+{
+    struct stat file;
+
+    return fstat(find(s, STORE_EVENTS), &file) == 0 && file.st_size >= EVENTS_BYTES_MAX;
+}
+
 uint32_t store_writers(const struct store *s, struct pollfd *polled)
 {
     uint32_t n = 0;
 
+    if (events_are_full(s))
+        return 0;
     for (uint32_t i = 0; i < s->count; i++) {
         if (!is_writer(&s->fds[i]))
             continue;
@@ -239,10 +260,11 @@ uint32_t store_writers(const struct store *s, struct pollfd *polled)
 /* The file is in the store itself, so that the next coordinator gets it with the rest. */
 static int events_file(struct store *s)
 {
-    for (uint32_t i = 0; i < s->count; i++)
-        if (strcmp(s->fds[i].name, STORE_EVENTS) == 0)
-            return s->fds[i].fd;
-    int fd = memfd_create("pcshare-" STORE_EVENTS, MFD_CLOEXEC);
+    int fd = find(s, STORE_EVENTS);
+
+    if (fd >= 0)
+        return fd;
+    fd = memfd_create("pcshare-" STORE_EVENTS, MFD_CLOEXEC);
     return fd < 0 || store_put(s, STORE_EVENTS, fd) < 0 ? -1 : fd;
 }
 
@@ -300,10 +322,10 @@ void store_read_writers(struct store *s)
     for (uint32_t i = 0; i < s->count; i++) {
         if (!is_writer(&s->fds[i]))
             continue;
-        if (is_uffd(s->fds[i].fd))
+        if (is_uffd(s->fds[i].fd) && fcntl(s->fds[i].fd, F_GETFL) & O_NONBLOCK)
             read_writer(s, i);
         else
-            s->fds[i].is_broken = 1; /* its control socket: for the coordinator */
+            s->fds[i].is_broken = 1; /* its control socket, or made blocking: for the coordinator */
     }
 }
 

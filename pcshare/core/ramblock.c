@@ -420,6 +420,8 @@ int ramblock_new(struct ramblock **bp, struct keeper *keeper, const struct rambl
     if (rc < 0) {
         if (!text[0])
             snprintf(text, CORE_ERROR_TEXT_MAX, "block %s: %s", b->idstr, strerror(-rc));
+        if (memory && memory->is_kept)
+            close_fd(&b->memfd); /* stays the keeper's, for the coordinator after this one */
         ramblock_free(b);
         return rc;
     }

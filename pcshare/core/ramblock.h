@@ -83,7 +83,7 @@ enum {
  * memory NULL: new and empty. Else the keeper's deferred block, which belongs to this one from here on, also on
  * failure, as its memfd does; received then tells which pages are in it. Whatever else it holds is forgotten before it
  * is sealed; a page that is said to be received and is not there: -EIO. Holes of huge pages are filled.
- * A kept block stays the keeper's until it is freed here; received and the counters of status go on where they were. */
+ * A kept block stays the keeper's until it is freed here, also where this fails; received and the counters of status go on where they were. */
 int ramblock_new(struct ramblock **bp, struct keeper *keeper, const struct ramblock_memory *memory, const char *idstr,
                  uint64_t used_length, uint64_t map_length, uint64_t page_size, int writable,
                  const struct ramblock_extent *data, uint64_t n_data, uint32_t index, struct status_block *status,

@@ -176,8 +176,13 @@ void lift_inherited(struct remote_fd *remote)
     if (!__atomic_load_n(&block->n_lifted, __ATOMIC_SEQ_CST))
         return;
     for (uint64_t i = bitmap_next_set(block->lifted, 0, block->page_count); i < block->page_count;
-         i = bitmap_next_set(block->lifted, i + 1, block->page_count))
-        lift_one(remote, &i);
+         i = bitmap_next_set(block->lifted, i + 1, block->page_count)) {
+        struct lift lift = {.page = i};
+
+        lift_one(remote, &lift);
+        if (lift.failed)
+            bitmap_test_and_set(block->poisoned, i); /* for the try that its next message is answered by */
+    }
 }
 
 static void tell_progress(struct fault_threads *ft, struct served_block *served)
