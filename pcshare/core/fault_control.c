@@ -82,9 +82,6 @@ static int handle_message(struct fault_threads *ft, struct remote_fd *remote, co
         return 0;
     }
     if (message->header.type == WIRE_LEAVE) {
-        /* At once: should the coordinator die before Python has heard of it, the next one must not wait for its end. */
-        if (remote->status)
-            __atomic_store_n(&remote->status->state, STATUS_HELPER_LEFT, __ATOMIC_RELEASE);
         stop_polling_control(ft, remote);
         tell_remote(ft, remote, EVENT_REMOTE_LEFT, 0, 0);
         return 0;
@@ -93,11 +90,27 @@ static int handle_message(struct fault_threads *ft, struct remote_fd *remote, co
     return !__atomic_load_n(&remote->disabled, __ATOMIC_ACQUIRE);
 }
 
+/* Before it is taken out of the socket: a LEAVE is said once, and a coordinator that dies when it has read it, and has
+ * noted it nowhere, has read it for nobody. The next one would wait for the helper's end. */
+static void note_leave(struct remote_fd *remote)
+{
+    union control_message message;
+    ssize_t length;
+    int tries = 2; /* a reset is told once, before the last words */
+
+    do
+        length = recv(remote->control, &message, sizeof(message), MSG_PEEK | MSG_TRUNC | MSG_DONTWAIT);
+    while (length < 0 && errno == ECONNRESET && --tries);
+    if (length > 0 && remote->status && is_wellformed(&message, (int)length) && message.header.type == WIRE_LEAVE)
+        __atomic_store_n(&remote->status->state, STATUS_HELPER_LEFT, __ATOMIC_RELEASE);
+}
+
 void handle_control(struct fault_threads *ft, struct remote_fd *remote)
 {
     union control_message message;
 
     for (int i = 0; i < CONTROL_MESSAGES_MAX; i++) {
+        note_leave(remote);
         int length = fd_message_receive(remote->control, &message, sizeof(message), NULL, NULL, MSG_DONTWAIT);
         if (length == -EAGAIN || length == -EINTR)
             return;
