@@ -252,6 +252,7 @@ dtypes = st.one_of(
 )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy has old letters for some types
 @from_the_seed
 @FUZZ
 @given(dtypes, st.lists(st.one_of(st.integers(0, 9), numbers), max_size=4).map(tuple), numbers, st.booleans())
