@@ -72,8 +72,7 @@ static void maybe_die(uint32_t event)
 /* event is 0 while a record is written and set last, so that a reader can tell a whole record. */
 static void record_write(struct trace_record *record, const struct trace_record *value)
 {
-    __atomic_store_n(&record->event, 0, __ATOMIC_RELAXED);
-    __atomic_thread_fence(__ATOMIC_RELEASE);
+    (void)__atomic_exchange_n(&record->event, 0, __ATOMIC_ACQUIRE); /* no store below comes before it */
     __atomic_store_n(&record->time_ns, value->time_ns, __ATOMIC_RELAXED);
     __atomic_store_n(&record->tid, value->tid, __ATOMIC_RELAXED);
     __atomic_store_n(&record->block_index, value->block_index, __ATOMIC_RELAXED);
