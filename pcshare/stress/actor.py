@@ -26,6 +26,8 @@ from pcshare.trace import DIE_VARIABLE
 
 ATTACH_TIMEOUT_S = 30.0
 ENSURE_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 5.0  # from the last page to the news of it; a restart may lie between
+LOOK_AGAIN_S = 0.005
 PR_SET_PDEATHSIG = 1
 CHILD_DIFFERS = 3  # exit status of a forked child that read a wrong byte
 
@@ -163,10 +165,13 @@ class Actor:
         return told
 
     def _complete(self, order: dict[str, Any]) -> dict[str, Any]:
-        """All of a block, so that it comes to its end while somebody is attached."""
+        """All of a block; stays until it has heard that it is complete, or for a while."""
         attachment = self._open(order["block"], order["mode"])
         try:
             attachment.block.ensure(timeout_s=ENSURE_TIMEOUT_S)
+            deadline_s = time.monotonic() + END_TIMEOUT_S
+            while attachment.block.state != "complete" and time.monotonic() < deadline_s:
+                time.sleep(LOOK_AGAIN_S)
             return self._compare(attachment, list(range(attachment.page_count())))
         finally:
             attachment.close()

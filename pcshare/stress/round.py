@@ -61,6 +61,7 @@ class Round:
         self._name = f"stress-{os.getpid()}-{plan.number}"
         self._error_file = folder / world.ERROR_FILE
         self._sources_down = 0
+        self._scrapped: set[str] = set()  # blocks from which a helper removed pages
         self._planted: set[str] = set()  # blocks in which somebody broke the rules
         self._arms = Arms(folder, tally) if plan.dies_at_steps else None
         self._resumes = 0
@@ -184,6 +185,7 @@ class Round:
             "await_death": self._await_death,
             "offend": self._offend,
             "plant": self._plant,
+            "remove": self._remove,
             "touch": self._touch,
             "kill_touch": self._kill_touch,
             "helper": self._helper,
@@ -250,6 +252,11 @@ class Round:
         """A helper that fills a page which nobody has read yet; nobody may read it before it is found."""
         self._planted.add(action.block)
         self._hostile("fallocates", action)
+
+    def _remove(self, action: Action) -> None:
+        """A helper that removes pages of a block: what it holds from here on is not the source's."""
+        self._scrapped.add(action.block)
+        self._hostile("madv-remove", action)
 
     def _hostile(self, row: str, action: Action) -> None:
         path = self._blocks[action.block].path
@@ -472,6 +479,8 @@ class Round:
         """Every byte and every write is looked at."""
         self._order(AdminOp.STREAM_EAGER)
         for index, block in enumerate(self._blocks):
+            if block in self._scrapped:
+                continue
             writer, written = index % self._actors, self._troupe.ledger.get(block, {})
             self._troupe.tell(writer, kind="verify", block=block, written=written)
             self._troupe.quiet(writer)

@@ -18,6 +18,8 @@ ARMS_A_ROUND = 18
 PASSINGS_MAX = 3  # a step is passed so often before it is the last
 PAGES_MIN, PAGES_MAX = 4000, 6000  # of a block: something must be missing until the end of the round
 TINY_PAGES = 24
+LARGE = ("holes", "remote", "draft", "zero")  # what everybody uses
+SCRAP, SCRAP_PAGES = "scrap", 400  # a block that helpers remove pages from, and nobody else uses
 TINY_BLOCKS = 8  # each is complete once
 BETWEEN = 4, 12  # actions of anybody after each arming, from the one to the other
 SOURCE_TIMEOUT_S = 20.0  # a server that is killed is back in time: what is lost is lost by errors alone
@@ -60,6 +62,8 @@ PROVOCATIONS: dict[str, tuple[str, ...]] = {
     "foreign": ("plant", "complete"),
     "place_present": ("plant", "complete"),
     "stream_request": ("prefetch", "ensure"),
+    "event": ("remove",),
+    "remove": ("remove",),
     "helper_taken_over": ("kill_coordinator",),
     "server_answered": ("ensure",),
 }
@@ -115,6 +119,7 @@ def _draw_blocks(rng: random.Random) -> Iterator[BlockPlan]:
             name, kind, pages, rng.randrange(plan.PAGE), rng.choice([0, 300]), 0, rng.randrange(1 << 32), served
         )
     yield BlockPlan("zero", "zero", plan.ZERO_BYTES // plan.PAGE, 0, 0, 0, 0, False)
+    yield BlockPlan(SCRAP, "draft", SCRAP_PAGES, 0, 0, 0, rng.randrange(1 << 32), False)
     for index in range(TINY_BLOCKS):
         yield BlockPlan(f"tiny{index}", "array", TINY_PAGES, 0, 0, 0, rng.randrange(1 << 32), False)
 
@@ -138,7 +143,7 @@ class _Drawer:
         if party == "helper":
             self.books[actor].clear()
         self._script(actor, PROVOCATIONS.get(step, ()))
-        large = replace(self.plan, blocks=[block for block in self.plan.blocks if block.pages > TINY_PAGES])
+        large = replace(self.plan, blocks=[block for block in self.plan.blocks if block.name in LARGE])
         for _ in range(self.rng.randint(*self.between)):
             self._add(plan.draw_action(self.rng, large, self.books, self._number(), WEIGHTS))
         self._add(Action("await_death", 0))
@@ -178,8 +183,8 @@ class _Drawer:
         if kind == "complete":
             self.tiny += 1
             self._add(Action("complete", 0, actor, self._number(), tiny, "ro", count=TINY_PAGES))
-        elif kind in ("offend", "plant"):
-            block = tiny if kind == "plant" else booked.block
+        elif kind in ("offend", "plant", "remove"):
+            block = {"offend": booked.block, "plant": tiny, "remove": SCRAP}[kind]
             self._add(Action(kind, 0, block=block, seed=self.rng.randrange(plan.SEED_MAX)))
         elif kind in ("check", "ensure", "prefetch"):
             self._add(self._use(kind, actor, booked))
