@@ -24,7 +24,7 @@ import pytest
 
 import pcshare
 from pcshare import trace
-from pcshare.errors import SourceLost
+from pcshare.errors import CoordinatorGone, SourceLost
 from pcshare.protocol import AdminOp
 from pcshare.status import StatusReport, read_status
 from support import wait_until
@@ -678,6 +678,46 @@ def test_poison_that_is_left_in_a_helper_is_lifted_when_the_page_arrives(
         served.restart()
         assert marked.do("bytes(b)") == content
         wait_until(lambda: served.block().lost_pages == 0, "nothing to be lost")
+
+
+def test_poison_of_a_page_that_came_just_before_its_coordinator_died_is_lifted(
+    runtime_dir: Path, data_file: Path, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P3, T10: it does not come again, so nothing else would lift the mark; nor that of a child forked meanwhile."""
+    broken, death = tmp_path / "broken", tmp_path / "death"
+    broken.touch()
+    monkeypatch.setenv(trace.DIE_VARIABLE, str(death))
+    trace.write_death(death, "place", 1)  # it is received, and its mark not lifted
+    options = [*LAZY, "--on-source-loss=poison"]
+    with restarting(f"data={data_file}#error=EIO@{broken}", options=options) as served:
+        marked = served.attached("mode='cow'")
+        marked.do(
+            "import time\nfd = os.memfd_create('copy')\n"
+            "def copied():\n"
+            f"    try: return os.pwrite(fd, memoryview(b)[{5 * PAGE}:{6 * PAGE}], 0) == {PAGE}\n"
+            "    except OSError: return False  # what a mark is inside a system call\n"
+            "def in_child():\n"
+            "    pid = os.fork()\n"
+            "    if pid:\n"
+            "        return os.waitpid(pid, 0)[1]\n"
+            "    for _ in range(1000):\n"
+            "        if copied(): os._exit(0)\n"
+            "        time.sleep(0.01)\n"
+            "    os._exit(1)"
+        )
+        assert not marked.do("copied()")
+        before = served.restarts
+        broken.unlink()
+        os.kill(served.keeper_pid, signal.SIGSTOP)
+        with contextlib.suppress(CoordinatorGone):  # it may die before it answers
+            served.order(AdminOp.RESUME)
+        wait_until(lambda: not death.exists(), "its death")
+        child = marked.start("in_child()")
+        os.kill(served.keeper_pid, signal.SIGCONT)
+        served.wait_for_restart(before)
+        wait_until(lambda: bool(marked.do("copied()")), "the mark to be lifted")
+        assert marked.do(f"read(b, {5 * PAGE}, {PAGE})") == page_at(content, 5)
+        assert child.result() == 0
 
 
 # ---- the keeper ----

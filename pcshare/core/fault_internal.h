@@ -130,6 +130,9 @@ void credit_helper(struct fault_threads *ft, uint32_t remote_id, uint64_t placed
 /* A child of fork comes with the poison marks of its parent's copy-on-write mapping, also of pages that have come
  * meanwhile: takes those off. */
 void lift_inherited(struct remote_fd *remote);
+/* Lifts the marks that a dead coordinator may have left in the helpers that were taken over. Once their uffds are
+ * polled: while an event of theirs is unread nothing can be lifted. */
+void lift_what_is_kept(struct fault_threads *ft);
 void lose_page(struct fault_threads *ft, struct served_block *served, uint64_t page);
 /* The result of a request, or -EPROTO where it says that pages have arrived which are not here. */
 int checked_result(const struct ramblock *block, const struct page_request *request, int result);

@@ -305,7 +305,9 @@ int fault_threads_start(struct fault_threads *ft, const int32_t *cpus, uint32_t 
     }
     if (rc == 0)
         rc = stream_start(ft);
-    if (rc < 0)
+    if (rc == 0)
+        lift_what_is_kept(ft);
+    else
         fault_threads_stop(ft);
     return rc;
 }

@@ -20,6 +20,8 @@ enum { NOT_AT_HAND = 2 };                                    /* beside RAMBLOCK_
 enum { TOLD_RECEIVED = 1, TOLD_BEFORE = 2, TOLD_ASKED = 0 }; /* details of TRACE_REQUEST_SHARED */
 enum { PROGRESS_STEPS = 256 };
 enum { LIFT_TRIES_MAX = 1000 };       /* EAGAIN in a row: the helper's thread whose event was read has not run yet */
+enum { LIFT_TRIES_MIN = 3 };          /* where that was so at an earlier page */
+enum { LIFT_PAGES_MAX = 256 };
 enum { GIVE_BYTES_MAX = 64 << 10 };   /* mapped at one fault of a strict helper: 16 pages cost little more than one */
 
 uint64_t source_length(const struct ramblock *block, uint64_t page, uint64_t n)
@@ -121,51 +123,61 @@ void credit_helper(struct fault_threads *ft, uint32_t remote_id, uint64_t placed
     remote_fd_put(remote);
 }
 
+/* Pages whose marks go, so many at a time: looking through the table of remote fds costs more than some pages do. */
 struct lift {
-    uint64_t page;
-    int failed;
+    uint64_t pages[LIFT_PAGES_MAX];
+    uint32_t n;
 };
 
-static void lift_one(struct remote_fd *remote, void *argument)
+static void lift_one(struct remote_fd *remote, uint64_t page)
 {
-    struct lift *lift = argument;
-    int rc, tries = 0;
+    /* Whose address space was changing all the while may be stopped there: a few tries a page are enough. */
+    int tries = __atomic_load_n(&remote->must_lift, __ATOMIC_ACQUIRE) ? LIFT_TRIES_MAX - LIFT_TRIES_MIN : 0;
+    int rc;
 
-    if (remote->is_own)
-        return;
     do {
-        rc = remote_fd_unpoison(remote, lift->page);
+        rc = remote_fd_unpoison(remote, page);
         if (rc == -EFAULT && remote->block->writable)
-            (void)ramblock_revive(remote->block, lift->page);
+            (void)ramblock_revive(remote->block, page);
         else if (rc == -EAGAIN)
             sched_yield();
     } while ((rc == -EAGAIN || rc == -EFAULT) && ++tries < LIFT_TRIES_MAX);
-    if (rc == -EAGAIN) { /* its next message is answered by another try */
+    if (rc == -EAGAIN) { /* its next message is answered by another try, which looks for the bit */
+        bitmap_test_and_set(remote->block->poisoned, page);
         __atomic_store_n(&remote->must_lift, 1, __ATOMIC_RELEASE);
-        lift->failed = 1;
     }
-    (void)remote_fd_wake(remote, lift->page);
+    (void)remote_fd_wake(remote, page);
+}
+
+static void lift_some(struct remote_fd *remote, void *argument)
+{
+    const struct lift *lift = argument;
+
+    for (uint32_t i = 0; i < lift->n && !remote->is_own; i++)
+        lift_one(remote, lift->pages[i]);
 }
 
 /* A mark goes when its page is mapped there. One that a helper removes must be in memory for that, and the helper may
  * be about to remove it. */
 void lift_poison(struct fault_threads *ft, struct ramblock *block, uint64_t page, uint64_t n)
 {
-    for (uint64_t i = bitmap_next_set(block->poisoned, page, page + n); i < page + n;
-         i = bitmap_next_set(block->poisoned, i + 1, page + n)) {
-        struct lift lift = {.page = i};
+    uint64_t i = page, end = page + n;
 
-        if (!ramblock_is_received(block, i))
-            continue;
-        bitmap_test_and_clear(block->poisoned, i);
-        bitmap_test_and_set(block->lifted, i); /* first: who is added from now on looks there, who is here is told */
-        __atomic_fetch_add(&block->n_lifted, 1, __ATOMIC_SEQ_CST);
-        for_each_remote(ft, block, lift_one, &lift);
-        if (lift.failed)
-            bitmap_test_and_set(block->poisoned, i);
+    while ((i = bitmap_next_set(block->poisoned, i, end)) < end) {
+        struct lift lift = {.n = 0};
+
+        for (; i < end && lift.n < LIFT_PAGES_MAX; i = bitmap_next_set(block->poisoned, i + 1, end)) {
+            if (!ramblock_is_received(block, i))
+                continue;
+            bitmap_test_and_clear(block->poisoned, i);
+            bitmap_test_and_set(block->lifted, i); /* first: who is added from now on looks there, others are told */
+            __atomic_fetch_add(&block->n_lifted, 1, __ATOMIC_SEQ_CST);
+            lift.pages[lift.n++] = i;
+        }
+        if (lift.n)
+            for_each_remote(ft, block, lift_some, &lift);
     }
-    for (uint64_t i = bitmap_next_set(block->failed, page, page + n); i < page + n;
-         i = bitmap_next_set(block->failed, i + 1, page + n))
+    for (i = bitmap_next_set(block->failed, page, end); i < end; i = bitmap_next_set(block->failed, i + 1, end))
         forget_loss(block, i);
 }
 
@@ -173,15 +185,21 @@ void lift_inherited(struct remote_fd *remote)
 {
     struct ramblock *block = remote->block;
 
-    if (!__atomic_load_n(&block->n_lifted, __ATOMIC_SEQ_CST))
+    if (remote->is_own || !__atomic_load_n(&block->n_lifted, __ATOMIC_SEQ_CST))
         return;
     for (uint64_t i = bitmap_next_set(block->lifted, 0, block->page_count); i < block->page_count;
-         i = bitmap_next_set(block->lifted, i + 1, block->page_count)) {
-        struct lift lift = {.page = i};
+         i = bitmap_next_set(block->lifted, i + 1, block->page_count))
+        lift_one(remote, i);
+}
 
-        lift_one(remote, &lift);
-        if (lift.failed)
-            bitmap_test_and_set(block->poisoned, i); /* for the try that its next message is answered by */
+/* A received page never comes again, and its coordinator may have died before it lifted the marks there. */
+void lift_what_is_kept(struct fault_threads *ft)
+{
+    for (uint32_t i = 0; i < STATUS_BLOCKS_MAX; i++) {
+        struct ramblock *block = ft->blocks[i] ? ft->blocks[i]->block : NULL;
+
+        if (block && __atomic_load_n(&block->status->was_poisoned, __ATOMIC_ACQUIRE))
+            lift_poison(ft, block, 0, block->page_count);
     }
 }
 
