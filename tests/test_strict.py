@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import random
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import pcshare
+from helper_c_support import build
 from pcshare import probe
 from pcshare.errors import HostError
 from pcshare.protocol import AdminOp
 from pcshare_helpers import expected
 from support import wait_until
-from support_coordinator import Helper, coordinator
-from support_serving import EAGER, LAZY, PAGE, PAUSED, HelperProcess, Serving, serving
+from support_coordinator import Helper, coordinator, die_with_parent
+from support_serving import EAGER, LAZY, PAGE, PAUSED, WAIT_S, HelperProcess, Serving, make_file, serving
 
 N_PAGES = 400
 LENGTH = N_PAGES * PAGE - 7
 PLANTED = [5, 6, 7, 100, N_PAGES - 1]
+REMOVED_PAGES = 4096
 PAGES_A_FAULT = 16  # what a fault of a strict helper maps at most
 
 
@@ -136,6 +140,19 @@ def test_writers_and_removers_are_served(runtime_dir: Path, data_file: Path, con
         assert writer.do("read(b, 2 * 4096, 3 * 4096)") == content[2 * PAGE : 3 * PAGE] + bytes(2 * PAGE)
         writer.do("write(b, 4 * 4096, b'again')")
         assert other.do("read(b, 4 * 4096, 5)") == b"again"
+
+
+def test_removals_are_heard_however_many_threads_fault(runtime_dir: Path, tmp_path: Path, rng: random.Random) -> None:
+    """T8: while an event is unread no page can be mapped, and the kernel hands out faults before events."""
+    path = make_file(tmp_path, rng, REMOVED_PAGES * PAGE)
+    program = build(tmp_path, "strict_remover", "plain")
+    with serving(f"data={path}", stream_mode=LAZY, writable=("data",), strict=True) as served:
+        attached(served).do(f"b.ensure(slice(0, {(REMOVED_PAGES - 1) * PAGE}))")  # the last keeps it from its end
+        done = subprocess.run(
+            [program, served.socket], capture_output=True, text=True, timeout=2 * WAIT_S, preexec_fn=die_with_parent
+        )
+        assert done.returncode == 0, done
+        assert served.block().state == "RUNNING"
 
 
 def test_child_of_fork_reads_no_planted_page(runtime_dir: Path, data_file: Path, content: bytes) -> None:

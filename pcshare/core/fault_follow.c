@@ -111,11 +111,13 @@ static void lift_what_was_left(struct fault_threads *ft, struct remote_fd *remot
         lift_poison(ft, remote->block, 0, remote->block->page_count);
 }
 
-void follow_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t most)
+/* Reads and acts once. Whether it met nothing but faults, behind which an event may wait. */
+static int follow_once(struct fault_worker *worker, struct remote_fd *remote, uint32_t most)
 {
     struct uffd_message messages[UFFD_READ_MAX];
     struct errand errands[UFFD_READ_MAX];
     uint32_t faulted = 0;
+    int faults_alone = 1;
 
     place_gate_close(remote->block->gate);
     int n = uffd_read(remote->uffd, messages, most);
@@ -132,11 +134,27 @@ void follow_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t
         run_errand(worker->ft, worker, remote, &messages[i], &errands[i]);
         if (messages[i].event == UFFD_MESSAGE_PAGEFAULT)
             faulted = messages[i].tid;
+        else
+            faults_alone = 0;
     }
     if (faulted)
         home_note_fault(worker->ft, remote, faulted);
     if (n > 0)
         lift_what_was_left(worker->ft, remote);
+    return n > 0 && faults_alone;
+}
+
+/* Where faults had to be put off, an event waits behind them, or behind others: all are read until it comes or nothing
+ * is in its way any more. That is no longer than the helper has threads, as nobody is woken meanwhile; so each other
+ * helper waits no longer than that, and they need not be read one by one. Who was put off then faults again. */
+void follow_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t most)
+{
+    worker->is_put_off = worker->is_answered = 0;
+    int goes_on = follow_once(worker, remote, most);
+    while (goes_on && worker->is_put_off && !worker->is_answered)
+        goes_on = follow_once(worker, remote, UFFD_READ_MAX);
+    if (worker->is_put_off)
+        (void)uffd_wake_all(remote->uffd);
 }
 
 int fault_threads_keep_maps(struct fault_threads *ft, int maps_fd)

@@ -56,6 +56,8 @@ struct fault_worker {
     int epoll_fd;
     int started;
     uint32_t epoch_seen;
+    int is_put_off;  /* follow_uffd's: a fault was left unanswered, since its helper's address space is changing */
+    int is_answered; /* and another was not: it no longer is */
     uint8_t *staging; /* one page of the largest size */
 };
 

@@ -134,7 +134,8 @@ static int give_place(const struct remote_fd *r, const struct remote_place *plac
     int rc = uffd_continue_wake(r->uffd, place->client_addr, at_most(place->pages_from, from) * page_size, &done);
 
     if (!done) {
-        (void)uffd_wake(r->uffd, place->client_addr, page_size);
+        if (rc != -EAGAIN)
+            (void)uffd_wake(r->uffd, place->client_addr, page_size);
         return rc == -EEXIST ? 0 : rc; /* mapped already: by another thread's fault */
     }
     before = at_most(place->pages_before, before);

@@ -74,7 +74,8 @@ int remote_fd_page(const struct remote_fd *r, uint64_t client_addr, uint64_t *pa
 int remote_fd_wake(const struct remote_fd *r, uint64_t page);
 /* Maps a page and wakes who waits for it; then as many of its neighbours in [start, end) as come without trouble. All of
  * these must be received: what is mapped is read without a question. -EFAULT: the page is not in memory (a helper
- * removed it). Whatever comes of it, who waits is woken. */
+ * removed it). -EAGAIN: not now, its address space is changing; who waits was not woken. Else he was, whatever came of
+ * it. */
 int remote_fd_give(const struct remote_fd *r, uint64_t page, uint64_t start, uint64_t end);
 /* Makes a touch of the page SIGBUS, and takes that back. */
 int remote_fd_poison(const struct remote_fd *r, uint64_t page);

@@ -49,8 +49,9 @@ static void wake_remote(const struct remote_fd *remote, uint64_t page)
     int gives = remote->is_strict && ramblock_is_received(remote->block, page);
 
     trace_point(TRACE_WAKE, remote->block->index, remote->id, page, (uint64_t)gives);
-    /* One failing waker does not keep the others from being woken. */
-    (void)(gives ? remote_fd_give(remote, page, page, page + 1) : remote_fd_wake(remote, page));
+    /* One failing waker does not keep the others from being woken. Who cannot be given the page now faults again. */
+    if (!gives || remote_fd_give(remote, page, page, page + 1) == -EAGAIN)
+        (void)remote_fd_wake(remote, page);
 }
 
 /* One call wakes every thread of a remote fd that waits for the page. */
@@ -74,14 +75,20 @@ static void wake_list(struct fault_threads *ft, struct waiter *list)
 
 /* A mark on a page that arrived while it was made must go again: a present page that nobody touched yet takes the mark.
  */
-static void poison_remote(struct ramblock *block, struct remote_fd *remote, uint64_t page)
+static int mark_poison(struct ramblock *block, struct remote_fd *remote, uint64_t page)
 {
     bitmap_test_and_set(block->poisoned, page);
     __atomic_store_n(&block->status->was_poisoned, 1, __ATOMIC_RELEASE);
     trace_point(TRACE_POISON, block->index, remote->id, page, 0);
-    (void)remote_fd_poison(remote, page);
+    int rc = remote_fd_poison(remote, page);
     if (ramblock_is_received(block, page))
         (void)remote_fd_unpoison(remote, page);
+    return rc;
+}
+
+static void poison_remote(struct ramblock *block, struct remote_fd *remote, uint64_t page)
+{
+    (void)mark_poison(block, remote, page);
     wake_remote(remote, page);
 }
 
@@ -405,14 +412,33 @@ static int give_window(const struct remote_fd *remote, uint64_t page)
     return remote_fd_give(remote, page, start, bitmap_next_clear(block->received, page, last));
 }
 
+/* Nothing can be mapped while the helper's address space is changing, which it does until its event is read. Woken now,
+ * the thread would fault again at once, and faults are handed out before events: enough of them, and the event is never
+ * read. follow_uffd wakes it. Only an address space that tells of its changes can be like that. */
+static int put_off(struct fault_worker *worker, const struct remote_fd *remote, int rc)
+{
+    int puts_off = rc == -EAGAIN && remote->has_events;
+
+    worker->is_put_off |= puts_off;
+    worker->is_answered |= !puts_off;
+    return puts_off;
+}
+
 /* A received page faults: the message is older than the page; or the helper is strict and touches it for the first
  * time; or, in a writable block, a helper has removed it. */
-static void answer_received(struct fault_threads *ft, struct remote_fd *remote, uint64_t page, uint64_t now_ns)
+static void answer_received(struct fault_threads *ft, struct fault_worker *worker, struct remote_fd *remote,
+                            uint64_t page, uint64_t now_ns)
 {
     struct ramblock *block = remote->block;
+    int rc = 0;
 
     trace_point(TRACE_REQUEST_SHARED, block->index, remote->id, page, TOLD_RECEIVED);
-    if (!remote->is_strict || give_window(remote, page) < 0) {
+    if (remote->is_strict) {
+        rc = give_window(remote, page);
+        if (put_off(worker, remote, rc))
+            return;
+    }
+    if (!remote->is_strict || rc < 0) {
         if (block->writable)
             (void)ramblock_revive(block, page);
         wake_remote(remote, page);
@@ -459,9 +485,10 @@ void request_shared_page(struct fault_threads *ft, struct fault_worker *worker, 
     trace_point(TRACE_FAULT, block->index, remote->id, page, tid);
     count_fault(ft, remote);
     if (ramblock_is_received(block, page)) {
-        answer_received(ft, remote, page, now_ns);
+        answer_received(ft, worker, remote, page, now_ns);
     } else if (bitmap_test(block->failed, page) && !remote->is_own) {
-        poison_remote(block, remote, page);
+        if (!put_off(worker, remote, mark_poison(block, remote, page)))
+            wake_remote(remote, page);
     } else {
         stream_follow(ft, block, page); /* before the wake: whoever then steers the stream finds it following */
         bring_page(ft, worker, served, remote, page, tid, now_ns);
