@@ -508,6 +508,39 @@ def serve_reads(peer: Peer, data: bytes, on_request: Callable[[Peer, Request], b
             pytest.fail(f"a read-only client sends {request}")
 
 
+class Withheld:
+    """Reads of single pages that a server takes and does not answer when they are asked for the first time."""
+
+    def __init__(self, data: bytes, pages: Iterable[int], page_size: int) -> None:
+        self._data = data
+        self._offsets = {page * page_size for page in pages}
+        self._page_size = page_size
+        self._owed: list[tuple[Peer, Request]] = []
+
+    @property
+    def owed_count(self) -> int:
+        return len(self._owed)
+
+    def script(self, peer: Peer) -> None:
+        Handshake(size=len(self._data)).run(peer)
+        serve_reads(peer, self._data, self._withhold)
+
+    def answer_late(self) -> None:
+        """All that is owed, while the client asks for nothing else."""
+        for peer, request in self._owed:
+            peer.answer_read(request, self._data[request.offset : request.offset + request.length])
+        self._owed.clear()
+
+    def _withhold(self, peer: Peer, request: Request) -> bool:
+        is_first = (
+            request.command == Command.READ and request.length == self._page_size and request.offset in self._offsets
+        )
+        if is_first:
+            self._offsets.remove(request.offset)
+            self._owed.append((peer, request))
+        return is_first
+
+
 class ScriptedServer:
     """Runs scripts[0] for the first connection, scripts[1] for the second ..., and the last for all that follow."""
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import random
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from pcshare.fault_thread import REQUESTS_IN_FLIGHT_MAX
+from pcshare.fault_thread import DEMANDS_IN_FLIGHT_MAX, REQUESTS_IN_FLIGHT_MAX
 from pcshare.protocol import AdminOp
 from support import wait_until
-from support_nbd import nbdkit
+from support_nbd import ScriptedServer, Withheld, nbdkit
 from support_serving import LAZY, PAGE, HelperProcess, Serving, make_file, page_of, serving
 
 N_PAGES = 4000
@@ -191,3 +192,34 @@ def test_nobody_is_cut_off_for_its_thousand_threads(runtime_dir: Path, data_file
             "for thread in threads: thread.join()"
         )
         assert (served.block().demand_pages, served.waiting()) == (THREADS_OF_A_HELPER, 0)
+
+
+def test_nobody_is_cut_off_for_pages_that_came_another_way(runtime_dir: Path, rng: random.Random) -> None:
+    """They stand in its queue behind pages that hang, but it waits for them no more."""
+    hanging = range(16)  # of one helper at once: at a near server 4, at a far one 16
+    rounds = DEMANDS_IN_FLIGHT_MAX // THREADS_OF_A_HELPER + 1
+    content = rng.randbytes((rounds + 1) * THREADS_OF_A_HELPER * PAGE)
+    withheld = Withheld(content, hanging, PAGE)
+    with (
+        tempfile.TemporaryDirectory(prefix="pcs-", dir="/tmp") as folder,
+        ScriptedServer(withheld.script) as server,
+    ):
+        path, _ = server.listen(Path(folder) / "s.sock")
+        with serving(f"data=nbd+unix:///?socket={path}#timeout=600s", stream_mode=LAZY) as served:
+            helper, other = attached(served), attached(served)
+            helper.do("import threading; threading.stack_size(65536)")
+            for page in hanging:
+                helper.start(f"read(b, {page * PAGE})")
+            served.wait_for_waiting(len(hanging), helper.pid)
+            for number in range(1, rounds + 1):
+                first, end = number * THREADS_OF_A_HELPER, (number + 1) * THREADS_OF_A_HELPER
+                helper.do(
+                    f"pages = range({first}, {end})\n"
+                    f"threads = [threading.Thread(target=read, args=(b, page * {PAGE})) for page in pages]\n"
+                    "for thread in threads: thread.start()"
+                )
+                served.wait_for_waiting(len(hanging) + THREADS_OF_A_HELPER, helper.pid)
+                other.do(f"b.ensure(slice({first * PAGE}, {end * PAGE}))")
+                helper.do("for thread in threads: thread.join()")
+            assert [one.state for one in served.helpers(helper.pid)] == ["attached"]
+            assert served.waiting(helper.pid) == len(hanging)

@@ -19,7 +19,7 @@ from pcshare.errors import AttachTimeout, SourceLost
 from pcshare.protocol import AdminOp
 from support import wait_until
 from support_coordinator import coordinator
-from support_nbd import nbdkit
+from support_nbd import ScriptedServer, Withheld, nbdkit
 from support_serving import EAGER, LAZY, PAGE, HelperProcess, Serving, serving
 from test_incoming_coordinator import play, scene_of
 
@@ -283,6 +283,65 @@ def test_first_of_several_lost_parts_is_named(runtime_dir: Path, data_file: Path
         with pytest.raises(SourceLost, match="lost 5 pages of block data") as caught:
             helper.do("b.wait()")
         assert (caught.value.offset, caught.value.length) == (20 * PAGE, 3 * PAGE)
+
+
+# ---- pages that hang, and those behind them ----
+
+HANGING = range(16)  # of one helper at once: at a near server 4, NBD_DEMANDS_OF_ONE_NEAR, at a far one 16
+NBD_SHARE = 4  # before it is known how far the server is
+BEHIND = range(100, 108)
+HANG_TIMEOUT_S = 0.5
+
+
+def test_pages_that_hang_keep_no_other_page_of_their_helper_from_coming(folder: Path, content: bytes) -> None:
+    """P3: once they are late. A resume asks for them again; then the first answers come too, and places are counted
+    right."""
+    withheld = Withheld(content, HANGING, PAGE)
+    with ScriptedServer(withheld.script) as server:
+        path, _ = server.listen(folder / "s.sock")
+        source = f"data=nbd+unix:///?socket={path}#timeout=600s"
+        with serving(source, stream_mode=LAZY, fault_timeout_s=HANG_TIMEOUT_S) as served:
+            helper = attached(served)
+            hanging = [helper.start(f"read(b, {page * PAGE}, {PAGE})") for page in HANGING]
+            served.wait_for_waiting(len(HANGING), helper.pid)
+            behind = [helper.start(f"read(b, {page * PAGE}, {PAGE})") for page in BEHIND]
+            assert [one.result() for one in behind] == [page_in(content, page) for page in BEHIND]
+            wait_until(lambda: withheld.owed_count == len(HANGING), "all questions")
+            assert served.waiting(helper.pid) == len(HANGING)
+            time.sleep(2 * HANG_TIMEOUT_S)  # the last ones are late too
+            served.order(AdminOp.RESUME)
+            assert [one.result() for one in hanging] == [page_in(content, page) for page in HANGING]
+            withheld.answer_late()
+            many = range(200, 500)
+            found = [helper.start(f"read(b, {page * PAGE}, {PAGE})") for page in many]
+            assert [one.result() for one in found] == [page_in(content, page) for page in many]
+            assert (served.waiting(), served.block().foreign_pages) == (0, 0)
+
+
+def test_page_that_stands_in_the_queue_behind_lost_ones_is_not_lost(folder: Path, content: bytes) -> None:
+    """P3: exactly what the source does not bring."""
+    withheld = Withheld(content, HANGING, PAGE)
+    with ScriptedServer(withheld.script) as server:
+        path, _ = server.listen(folder / "s.sock")
+        source = f"data=nbd+unix:///?socket={path}#timeout=600s"
+        with serving(source, stream_mode=LAZY, poison=True, fault_timeout_s=HANG_TIMEOUT_S) as served:
+            helper = attached(served)
+            helper.do(
+                "def copy(page):\n"
+                "    own_fd = os.memfd_create('copy')  # writes to one file wait for each other\n"
+                f"    try: return os.write(own_fd, memoryview(b)[page * {PAGE}:(page + 1) * {PAGE}])\n"
+                "    except OSError as error: return errno.errorcode[error.errno]\n"
+                "    finally: os.close(own_fd)"
+            )
+            hanging = [helper.start(f"copy({page})") for page in HANGING]
+            wait_until(lambda: withheld.owed_count >= NBD_SHARE, "the first questions")
+            behind = [helper.start(f"copy({page})") for page in BEHIND]
+            assert [one.result() for one in behind] == [PAGE for _ in BEHIND]
+            assert [one.result() for one in hanging] == ["EFAULT" for _ in HANGING]
+            assert served.block().lost_pages == len(HANGING)
+            withheld.answer_late()
+            wait_until(lambda: served.block().lost_pages == 0, "the late pages")
+            assert helper.do("copy(0)") == PAGE
 
 
 # ---- servers and migrations ----

@@ -3,7 +3,8 @@
  * A source answers in turn. Were everything handed on to it, a helper with a thousand threads in faults would have
  * filled its queue, and another's one page would wait behind a thousand. So each helper has a few pages at a source and
  * keeps the rest to itself: whoever else faults waits behind a few. Asks in the order of the helper's faults; what has
- * come by another way meanwhile is not asked for.
+ * come by another way meanwhile is not asked for. What is late gives its place up: a few pages that hang keep no other
+ * page of the helper's from coming.
  */
 #include "fault_internal.h"
 
@@ -12,6 +13,10 @@
 #include <string.h>
 
 struct demand {
+    struct demand *next; /* of those that have a place, in the order of asking */
+    struct demand *before;
+    int has_place;
+    uint64_t asked_ns;
     struct page_request request;
     struct fault_threads *ft;
     struct served_block *served;
@@ -29,13 +34,19 @@ static uint32_t share_of(struct fault_threads *ft, const struct remote_fd *remot
     return remote->is_own || !share ? UINT32_MAX : share;
 }
 
+/* What is late is no reason to wait, until there is so much of it that asking for more would only cost memory. */
+static int has_room(const struct demand_queue *queue, uint32_t share)
+{
+    return queue->at_source < share && queue->n_late < FAULT_DEMANDS_IN_FLIGHT_MAX;
+}
+
 int demand_reserve(struct fault_threads *ft, struct remote_fd *remote)
 {
     struct demand_queue *queue = &remote->demands;
     uint32_t share = share_of(ft, remote);
 
     pthread_mutex_lock(&ft->demands_lock);
-    int is_free = !queue->head && queue->at_source < share; /* who came before goes first */
+    int is_free = !queue->head && has_room(queue, share); /* who came before goes first */
     queue->at_source += (uint32_t)is_free;
     pthread_mutex_unlock(&ft->demands_lock);
     return is_free;
@@ -47,7 +58,7 @@ static int take_queued(struct fault_threads *ft, struct remote_fd *remote, uint6
     uint32_t share = share_of(ft, remote);
 
     pthread_mutex_lock(&ft->demands_lock);
-    struct queued_page *first = queue->at_source < share ? queue->head : NULL;
+    struct queued_page *first = has_room(queue, share) ? queue->head : NULL;
     if (first) {
         queue->head = first->next;
         if (!queue->head)
@@ -82,7 +93,7 @@ static void ask_queued(struct fault_threads *ft, struct remote_fd *remote)
     do {
         seen = __atomic_load_n(&queue->looks, __ATOMIC_ACQUIRE);
         while (!__atomic_load_n(&ft->quit, __ATOMIC_ACQUIRE) && take_queued(ft, remote, &page)) {
-            if (waiters_claim_queued(&ft->waiters, remote->block, page))
+            if (waiters_claim_queued(&ft->waiters, remote->block, page, clock_ns()))
                 demand_ask(ft, remote, page);
             else
                 give_back_place(ft, remote);
@@ -104,19 +115,110 @@ uint32_t demand_count(struct fault_threads *ft, const struct remote_fd *remote)
     return n;
 }
 
+/* What came by another way, or nobody waits for, stands in a queue until its turn, which may be long in coming. */
+void demand_drop_stale(struct fault_threads *ft, struct remote_fd *remote)
+{
+    struct demand_queue *queue = &remote->demands;
+    struct queued_page **linkp = &queue->head, *kept = NULL;
+
+    pthread_mutex_lock(&ft->demands_lock);
+    while (*linkp) {
+        struct queued_page *queued = *linkp;
+        if (waiters_is_queued(&ft->waiters, remote->block, queued->page)) {
+            kept = queued;
+            linkp = &queued->next;
+            continue;
+        }
+        *linkp = queued->next;
+        queue->n_queued--;
+        free(queued);
+    }
+    queue->tail = kept;
+    pthread_mutex_unlock(&ft->demands_lock);
+}
+
+/* ---- what is late ---- */
+
+static void link_demand(struct fault_threads *ft, struct demand *demand)
+{
+    pthread_mutex_lock(&ft->demands_lock);
+    demand->has_place = 1;
+    demand->asked_ns = clock_ns();
+    demand->next = NULL;
+    demand->before = ft->demands_tail;
+    if (demand->before)
+        demand->before->next = demand;
+    else
+        ft->demands_head = demand;
+    ft->demands_tail = demand;
+    pthread_mutex_unlock(&ft->demands_lock);
+}
+
+/* With the lock held. Whether the demand had its place until now. */
+static int unlink_demand(struct fault_threads *ft, struct demand *demand)
+{
+    if (!demand->has_place)
+        return 0;
+    demand->has_place = 0;
+    *(demand->before ? &demand->before->next : &ft->demands_head) = demand->next;
+    *(demand->next ? &demand->next->before : &ft->demands_tail) = demand->before;
+    return 1;
+}
+
+/* With the lock held: the oldest, if it was asked before then_ns. */
+static struct demand *oldest(struct fault_threads *ft, uint64_t then_ns)
+{
+    struct demand *demand = ft->demands_head;
+
+    return demand && demand->asked_ns <= then_ns ? demand : NULL;
+}
+
+static int find_late(struct fault_threads *ft, uint64_t then_ns, uint32_t *askerp)
+{
+    pthread_mutex_lock(&ft->demands_lock);
+    struct demand *demand = oldest(ft, then_ns);
+    if (demand)
+        *askerp = demand->asker;
+    pthread_mutex_unlock(&ft->demands_lock);
+    return demand != NULL;
+}
+
+void demand_give_up_late(struct fault_threads *ft, uint64_t then_ns)
+{
+    uint32_t asker;
+
+    while (find_late(ft, then_ns, &asker)) {
+        struct remote_fd *remote = remote_by_id(ft, asker); /* not under the lock */
+
+        pthread_mutex_lock(&ft->demands_lock);
+        struct demand *demand = oldest(ft, then_ns);
+        /* It may have been answered meanwhile: then the oldest may be another's. */
+        if (demand && demand->asker == asker && unlink_demand(ft, demand) && remote) {
+            remote->demands.at_source--;
+            remote->demands.n_late++;
+        }
+        pthread_mutex_unlock(&ft->demands_lock);
+        if (!remote)
+            continue;
+        ask_queued(ft, remote);
+        remote_fd_put(remote);
+    }
+}
+
 /* ---- asking ---- */
 
 /* Whoever asked may be gone by now, and its place with it. */
-static void demand_ended(struct fault_threads *ft, uint32_t asker, int is_over)
+static void demand_ended(struct fault_threads *ft, uint32_t asker, int had_place, int is_over)
 {
     struct remote_fd *remote = remote_by_id(ft, asker);
 
     if (!remote)
         return;
-    if (is_over)
-        give_back_place(ft, remote);
-    else
-        demand_release(ft, remote);
+    pthread_mutex_lock(&ft->demands_lock);
+    (*(had_place ? &remote->demands.at_source : &remote->demands.n_late))--;
+    pthread_mutex_unlock(&ft->demands_lock);
+    if (!is_over)
+        ask_queued(ft, remote);
     remote_fd_put(remote);
 }
 
@@ -126,11 +228,14 @@ static void demand_done(struct page_request *request, int result)
     struct fault_threads *ft = demand->ft;
     uint32_t asker = demand->asker;
 
+    pthread_mutex_lock(&ft->demands_lock);
+    int had_place = unlink_demand(ft, demand); /* no longer, if it was late */
+    pthread_mutex_unlock(&ft->demands_lock);
     page_answered(ft, demand->served, request, asker, result);
     free(demand);
     if (__atomic_sub_fetch(&ft->demand_in_flight, 1, __ATOMIC_ACQ_REL) == 0)
         stream_poke(ft);
-    demand_ended(ft, asker, result == -ECANCELED); /* then its channel goes away: it is asked for nothing more */
+    demand_ended(ft, asker, had_place, result == -ECANCELED); /* then its channel goes away: nothing more is asked */
 }
 
 void demand_ask(struct fault_threads *ft, struct remote_fd *remote, uint64_t page)
@@ -156,6 +261,7 @@ void demand_ask(struct fault_threads *ft, struct remote_fd *remote, uint64_t pag
                                             .block_index = block->index,
                                             .page = page,
                                             .n_pages = 1};
+    link_demand(ft, demand);
     __atomic_fetch_add(&ft->demand_in_flight, 1, __ATOMIC_ACQ_REL);
     page_channel_submit(served->channel, &demand->request);
 }

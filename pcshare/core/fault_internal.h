@@ -81,7 +81,9 @@ struct fault_threads {
     uint32_t last_faulter;           /* a remote fd's id */
     uint64_t beside_others_until_ns; /* more than one of them faults */
     uint32_t demand_in_flight;
-    pthread_mutex_t demands_lock; /* the remote fds' queues; short, no system call under it */
+    pthread_mutex_t demands_lock; /* the remote fds' queues, and these; short, no system call under it */
+    struct demand *demands_head;  /* asked for because of faults, and not late: the oldest first */
+    struct demand *demands_tail;
     uint64_t fault_timeout_ns; /* 0: never */
     uint64_t next_look_ns;     /* the stream's thread's */
     int maps_fd; /* struct kept_maps after struct kept_maps; -1: nobody wants them */
@@ -147,15 +149,19 @@ void page_answered(struct fault_threads *ft, struct served_block *served, struct
 void page_failed(struct fault_threads *ft, struct served_block *served, uint64_t page, int error, uint32_t kind);
 
 /* demand.c */
-/* A place at the source for one page of the helper's, or 0: it goes to its queue. Given back by the answer, or by
- * demand_release. */
+/* A place at the source for one page of the helper's, or 0: it goes to its queue. Given back by the answer, or before
+ * when that is late, or by demand_release. */
 int demand_reserve(struct fault_threads *ft, struct remote_fd *remote);
 void demand_release(struct fault_threads *ft, struct remote_fd *remote);
 /* Asks the source; a place is reserved. */
 void demand_ask(struct fault_threads *ft, struct remote_fd *remote, uint64_t page);
 /* Asks in the helper's turn. */
 void demand_queue_page(struct fault_threads *ft, struct remote_fd *remote, uint64_t page);
-/* Pages at the source and in its queue. */
+/* What has been at the source since then_ns or longer counts in its helper's share no more: the next is asked for. */
+void demand_give_up_late(struct fault_threads *ft, uint64_t then_ns);
+/* Takes out of the queue what is not to be asked for any more. */
+void demand_drop_stale(struct fault_threads *ft, struct remote_fd *remote);
+/* Pages at the source, without what is late, and in its queue. */
 uint32_t demand_count(struct fault_threads *ft, const struct remote_fd *remote);
 /* A remote fd waits for nothing any more; what it was to ask for and others wait for is asked for by them. */
 void demand_drop_remote(struct fault_threads *ft, struct remote_fd *remote);

@@ -20,7 +20,8 @@ enum {
     FAULT_THREADS_MAX = 64,
     FAULT_REQUESTS_IN_FLIGHT_MAX = 128, /* REQUESTs of one helper that are not answered yet; as many hints. A helper
                                          * keeps to half of it: across a takeover it asks for all of them again */
-    FAULT_DEMANDS_IN_FLIGHT_MAX = 4096, /* pages one helper waits for; who waits for more than it has threads lies */
+    FAULT_DEMANDS_IN_FLIGHT_MAX = 4096, /* pages that one helper's faults wait for: memory that it makes the
+                                         * coordinator use. As many again may be late */
 };
 
 enum {

@@ -2,7 +2,8 @@
  *
  * The stream's thread looks now and then at the pages that faults wait for, and at the pieces that ranges wait for: no
  * timer a fault, and no Python. What is late is told, with SOURCE_LOSS_POISON also lost; the source still owes it, and
- * it may come after all. Asks for nothing again: that is resume's.
+ * it may come after all. Asks for nothing again: that is resume's. What is not asked for yet, because others of its
+ * helper are before it, is not late: that is no source's fault.
  */
 #include "fault_internal.h"
 
@@ -118,6 +119,7 @@ static void look(struct fault_threads *ft, uint64_t now_ns)
 
     if (now_ns > ft->fault_timeout_ns) {
         look_at_waiters(ft, then_ns);
+        demand_give_up_late(ft, then_ns);
         look_at_pieces(ft, then_ns);
         look_at_blocks(ft);
     }

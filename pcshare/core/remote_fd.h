@@ -20,6 +20,7 @@ struct queued_page {
 /* What its faults ask of the source; see demand.c, whose lock guards it. */
 struct demand_queue {
     uint32_t at_source; /* asked for and not answered */
+    uint32_t n_late;    /* these too, for so long that they count no more */
     uint32_t n_queued;
     uint32_t looks; /* how often the queue is to be looked at: who makes it 1 does */
     struct queued_page *head;

@@ -345,11 +345,14 @@ static int place_now(struct fault_worker *worker, struct served_block *served, u
     return ramblock_place(block, page, 1, worker->staging, placedp);
 }
 
-/* A helper that waits for more pages than it can have threads is cut off; what it asked for last is asked in any case,
- * as others may wait for it. */
+/* A helper that waits for more pages than it may is cut off, not one whose pages came by another way and only stand in
+ * its queue; what it asked for last is asked in any case, as others may wait for it. */
 static void check_demands(struct fault_threads *ft, struct remote_fd *remote)
 {
-    if (!remote->is_own && demand_count(ft, remote) > FAULT_DEMANDS_IN_FLIGHT_MAX)
+    if (remote->is_own || demand_count(ft, remote) <= FAULT_DEMANDS_IN_FLIGHT_MAX)
+        return;
+    demand_drop_stale(ft, remote);
+    if (demand_count(ft, remote) > FAULT_DEMANDS_IN_FLIGHT_MAX)
         disable_remote(ft, remote, EUSERS, 0);
 }
 

@@ -81,10 +81,8 @@ static int has_waiter_of(const struct wait_entry *entry, const struct remote_fd 
 
 static void mark_asked(struct wait_entry *entry, int asked, uint64_t now_ns)
 {
-    if (!entry->asked) {
-        entry->asked_ns = now_ns;
-        entry->late = 0;
-    }
+    entry->asked_ns = now_ns;
+    entry->late = 0;
     entry->asked = asked;
 }
 
@@ -239,13 +237,22 @@ int waiters_next_unasked(struct waiters *w, struct ramblock *block, uint64_t now
     return entry != NULL;
 }
 
-int waiters_claim_queued(struct waiters *w, struct ramblock *block, uint64_t page)
+int waiters_is_queued(struct waiters *w, struct ramblock *block, uint64_t page)
+{
+    pthread_mutex_lock(&w->lock);
+    const struct wait_entry *entry = *find(w, block, page);
+    int is_queued = entry && entry->asked == WAITERS_QUEUED;
+    pthread_mutex_unlock(&w->lock);
+    return is_queued;
+}
+
+int waiters_claim_queued(struct waiters *w, struct ramblock *block, uint64_t page, uint64_t now_ns)
 {
     pthread_mutex_lock(&w->lock);
     struct wait_entry *entry = *find(w, block, page);
     int is_claimed = entry && entry->asked == WAITERS_QUEUED;
     if (is_claimed)
-        entry->asked = WAITERS_ASKED;
+        mark_asked(entry, WAITERS_ASKED, now_ns);
     pthread_mutex_unlock(&w->lock);
     return is_claimed;
 }
@@ -255,7 +262,7 @@ int waiters_claim_queued(struct waiters *w, struct ramblock *block, uint64_t pag
 static int is_newly_late(const struct wait_entry *entry, const struct ramblock *block, uint64_t then_ns)
 {
     (void)block;
-    return entry->asked && !entry->late && entry->waiters && entry->asked_ns <= then_ns;
+    return entry->asked == WAITERS_ASKED && !entry->late && entry->waiters && entry->asked_ns <= then_ns;
 }
 
 int waiters_next_late(struct waiters *w, uint64_t then_ns, uint32_t *bucketp, struct ramblock **blockp,

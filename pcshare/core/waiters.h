@@ -36,7 +36,7 @@ struct wait_entry {
     uint64_t page;
     int asked;         /* WAITERS_UNASKED, _ASKED or _QUEUED */
     int late;          /* that took too long, which has been told */
-    uint64_t asked_ns; /* when it was demanded: the time in a queue counts */
+    uint64_t asked_ns; /* when the source was asked: the time in a helper's queue does not count */
     struct waiter *waiters;
 };
 
@@ -69,9 +69,11 @@ void waiters_unask(struct waiters *w, struct ramblock *block, uint64_t page);
  * 0. *bucketp is where to go on, from 0. */
 int waiters_next_unasked(struct waiters *w, struct ramblock *block, uint64_t now_ns, uint32_t *bucketp,
                          uint64_t *pagep, struct remote_fd **remotep);
-/* 1: the page is queued, and asked from here on; 0: nobody waits any more, or somebody has asked. */
-int waiters_claim_queued(struct waiters *w, struct ramblock *block, uint64_t page);
-/* Some entry that was demanded before then_ns and has not come, now marked late: 1, *blockp and *pagep, or 0. */
+/* 0: nobody waits any more, or somebody has asked. */
+int waiters_is_queued(struct waiters *w, struct ramblock *block, uint64_t page);
+/* The same; from here on it is asked. */
+int waiters_claim_queued(struct waiters *w, struct ramblock *block, uint64_t page, uint64_t now_ns);
+/* Some entry that was asked before then_ns and has not come, now marked late: 1, *blockp and *pagep, or 0. */
 int waiters_next_late(struct waiters *w, uint64_t then_ns, uint32_t *bucketp, struct ramblock **blockp,
                       uint64_t *pagep);
 int waiters_has_late(struct waiters *w, const struct ramblock *block);

@@ -197,6 +197,11 @@ static int queue_page(uint64_t page, int remote, uint32_t tid, uint64_t now_ns)
     return waiters_add(&waiters, &block, page, remotes[remote], tid, now_ns, WAITERS_QUEUED);
 }
 
+static int claim(uint64_t page)
+{
+    return waiters_claim_queued(&waiters, &block, page, 0);
+}
+
 static void page_in_the_queue_of_one_is_asked_for_by_the_next(void)
 {
     CHECK(queue_page(5, 0, 1, 0) == WAITERS_ASK);
@@ -205,12 +210,12 @@ static void page_in_the_queue_of_one_is_asked_for_by_the_next(void)
     CHECK(queue_page(6, 0, 1, 0) == WAITERS_ASK);
     CHECK(add(6, 1, 3) == WAITERS_ASK);
     CHECK(queue_page(6, 0, 4, 0) == WAITERS_JOINED);
-    CHECK(!waiters_claim_queued(&waiters, &block, 6)); /* the other has asked */
-    CHECK(waiters_claim_queued(&waiters, &block, 5));
-    CHECK(!waiters_claim_queued(&waiters, &block, 5));
+    CHECK(!claim(6) && !waiters_is_queued(&waiters, &block, 6)); /* the other has asked */
+    CHECK(waiters_is_queued(&waiters, &block, 5) && claim(5));
+    CHECK(!waiters_is_queued(&waiters, &block, 5) && !claim(5));
     CHECK(queue_page(5, 0, 7, 0) == WAITERS_JOINED);
     CHECK(take(0, PAGES) == 7);
-    CHECK(!waiters_claim_queued(&waiters, &block, 5));
+    CHECK(!waiters_is_queued(&waiters, &block, 5) && !claim(5));
 }
 
 static void queue_that_goes_leaves_its_pages_to_who_else_waits(void)
@@ -225,13 +230,13 @@ static void queue_that_goes_leaves_its_pages_to_who_else_waits(void)
     CHECK(waiters_next_unasked(&waiters, &block, 1, &bucket, &page, &remote) && page == 5);
     CHECK(remote == remotes[0] || remote == remotes[1]);
     CHECK(waiters_drop_remote(&waiters, remote) == 1);
-    CHECK(!waiters_claim_queued(&waiters, &block, 5));
+    CHECK(!claim(5));
     struct remote_fd *other_one = remotes[remote == remotes[0]];
     remote_fd_put(remote);
     bucket = 0;
     CHECK(waiters_next_unasked(&waiters, &block, 1, &bucket, &page, &remote) && remote == other_one);
     remote_fd_put(remote);
-    CHECK(waiters_claim_queued(&waiters, &block, 5));
+    CHECK(claim(5));
     CHECK(take(5, 1) == 1);
 }
 
@@ -250,9 +255,13 @@ static void page_is_late_once_until_it_is_asked_for_again(void)
     CHECK(waiters_next_late(&waiters, 149, &bucket, &late_block, &page) && page == 5 && late_block == &block);
     CHECK(!waiters_next_late(&waiters, 149, &bucket, &late_block, &page));
     CHECK(waiters_has_late(&waiters, &block) && !waiters_has_late(&waiters, &other));
-    CHECK(waiters_claim_queued(&waiters, &block, 6)); /* the time in the queue counts */
     bucket = 0;
-    CHECK(waiters_next_late(&waiters, 150, &bucket, &late_block, &page) && page == 6);
+    CHECK(!waiters_next_late(&waiters, 170, &bucket, &late_block, &page)); /* the time in the queue does not count */
+    CHECK(waiters_claim_queued(&waiters, &block, 6, 180));
+    bucket = 0;
+    CHECK(!waiters_next_late(&waiters, 179, &bucket, &late_block, &page));
+    bucket = 0;
+    CHECK(waiters_next_late(&waiters, 180, &bucket, &late_block, &page) && page == 6);
     waiters_unask_late(&waiters, &block);
     CHECK(!waiters_has_late(&waiters, &block));
     CHECK(waiters_add(&waiters, &block, 5, remotes[1], 9, 200, WAITERS_ASKED) == WAITERS_ASK);
