@@ -277,7 +277,7 @@ class Server:
         self._keeper.sweep()
         trace.step("blocks_taken")
         events = [event for fd in before.take_all(EVENTS) for event in read_events(fd)]
-        self.helpers.take_over(before.kept_helpers(), self.blocks, events)
+        self.helpers.take_over(before.kept_helpers(self._store), self.blocks, events)
         self._store.remove(EVENTS)
         self.fault_threads.start(_cpus(self.options.fault_threads))  # nobody is served before what was read is known
 

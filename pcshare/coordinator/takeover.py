@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import socket
 import struct
@@ -25,6 +26,8 @@ from pcshare.protocol import Map, Mode
 from pcshare.sources import SourceMemory
 from pcshare.store import FdStore, Kept
 from pcshare.transport import Connection
+
+log = logging.getLogger("pcshare")
 
 STATE_VERSION = 1  # of the description; a coordinator takes over from its own version and from older ones
 
@@ -124,12 +127,15 @@ class HelperTable:
         record += b"".join(_MAP.pack(one.client_addr, one.offset, one.length) for one in maps)
         os.pwrite(self._fd.fileno(), record.ljust(_RECORD_BYTES, b"\0"), slot * _RECORD_BYTES)
 
-    def read(self, kept: Kept) -> Iterator[KeptHelper]:
-        """Everybody whose fds were kept; takes these out of kept."""
+    def read(self, kept: Kept, store: FdStore) -> Iterator[KeptHelper]:
+        """Everybody whose fds were kept; takes these out of kept. What belongs to nobody goes out of the store."""
         for name in [name for name in kept if name.startswith((READER, WRITER))]:
             fds, slot = kept.pop(name), int(name.removeprefix(READER).removeprefix(WRITER))
             if len(fds) == 2:
                 yield self._read_one(slot, name.startswith(WRITER), (fds[0], fds[1]))
+            else:
+                log.warning("%d fds named %s are not kept any longer: a helper has two", len(fds), name)
+                store.remove(name)
 
     def _read_one(self, slot: int, may_write: bool, fds: tuple[OwnedFd, OwnedFd]) -> KeptHelper:
         record = os.pread(self._fd.fileno(), _RECORD_BYTES, slot * _RECORD_BYTES)
@@ -184,13 +190,13 @@ class Predecessor:
         names = [name for name in self._kept if name.startswith(prefix)]
         return {int(name.removeprefix(prefix)): self._kept.pop(name) for name in names}
 
-    def kept_helpers(self) -> list[KeptHelper]:
-        return list(self.helpers.read(self._kept))
+    def kept_helpers(self, store: FdStore) -> list[KeptHelper]:
+        return list(self.helpers.read(self._kept, store))
 
     def dismiss(self, name: str, store: FdStore) -> None:
         """Its blocks are gone with its keeper, and only a supervisor's store has kept these fds: who waits is told that
         no page will come, and the name is free."""
-        for helper in self.kept_helpers():
+        for helper in self.kept_helpers(store):
             with contextlib.suppress(OSError), Connection.of(helper.fds[0]) as connection:
                 connection.send(protocol.pack_bye())
                 connection.shutdown()

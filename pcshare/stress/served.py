@@ -33,7 +33,7 @@ ORDER_AGAIN_S = 0.05
 DEATH_LIMIT_S = 10.0  # from the end of a coordinator to that of its keeper: with memory to give back
 # What the keeper and a failing coordinator write.
 _KILLED = re.compile(rb"pcshare-keeper: the coordinator \(pid (\d+)\) was killed by signal (\d+)")
-_TROUBLE = re.compile(rb"^.*(?:ended with exit code|Traceback|is not kept|are not kept).*$", re.M)
+_TROUBLE = re.compile(rb"^.*(?:ended with exit code|Traceback|not kept ).*$", re.M)
 
 
 @dataclass
