@@ -343,3 +343,27 @@ def test_fds_without_mappings_are_good_for_a_good_bye(supervisor: Supervisor, da
     wait_until(lambda: not supervisor.names(), "everything to be removed")
     with pytest.raises(pcshare.errors.NoSuchCoordinator):
         read_status(name)
+
+
+def test_who_comes_after_a_coordinator_and_its_mappings_starts_anew(
+    supervisor: Supervisor, data_file: Path, content: bytes
+) -> None:
+    """P3, --no-keeper: the supervisor has kept the socket of a process that is gone."""
+    command = coordinator_command(data_file, "--no-keeper", f"--export={supervisor.folder / 'x.sock'}")
+    supervisor.start(*command)
+    before = read_status(name_of(command))
+    with HelperProcess(before.socket) as helper:
+        helper.do("b = attach(); read(b, 0)")
+        supervisor.kill()
+        os.kill(before.keeper_pid, signal.SIGKILL)
+        ensured = helper.start(f"b.ensure(slice({5 * PAGE}, {6 * PAGE}))")
+        supervisor.start(*command)
+        with pytest.raises(CoordinatorGone):
+            ensured.result()
+        report = read_status(before.name)
+        assert (report.alive, report.restarts) == (True, 0)
+        assert report.keeper_pid != before.keeper_pid
+        with HelperProcess(report.socket) as late:
+            assert late.do("b = attach(); bytes(b)") == content
+    assert supervisor.stop() == 0
+    wait_until(lambda: not supervisor.names(), "everything to be removed")
