@@ -103,6 +103,7 @@ def test_every_step_leaves_its_mark(runtime_dir: Path, tmp_path: Path, trace: Pa
             one.do("b = attach()")
         planter.do("h = hand_over('welcome'); os.posix_fallocate(h.fds[0].fileno(), 9 * 4096, 4096)")
         helper.do(f"read(b, 4096); b.ensure(slice(0, 20 * 4096)); read(b, {(N_PAGES + 9) * PAGE})")
+        helper.do("b.madvise(mmap.MADV_REMOVE, 5 * 4096, 4096)")
         broken.touch()
         victim.start(f"read(b, 100 * {PAGE})")
         assert victim.wait_for_end() == -signal.SIGBUS
