@@ -26,6 +26,7 @@ import pytest
 
 import pcshare
 from pcshare.status import BlockStatus, StatusReport, read_status
+from pcshare.stress import stacks
 from support import wait_until
 
 EXECUTABLES = Path(pcshare.__file__).parent / "_bin"
@@ -181,7 +182,9 @@ def _stop(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
     try:
         returncode = process.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        pytest.fail(f"the coordinator did not end within {STOP_TIMEOUT_S:g} s of SIGTERM:\n{_said(log)}")
+        family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+        where = "\n".join(stacks.threads(pid, f"process {pid}") for pid in family)
+        pytest.fail(f"the coordinator did not end within {STOP_TIMEOUT_S:g} s of SIGTERM:\n{_said(log)}\n{where}")
     assert returncode == 0, _said(log)
 
 
