@@ -221,7 +221,8 @@ class Server:
         table = before.helpers if before else HelperTable()
         self.fault_threads.keep_maps(table.fileno())
         self._closing.callback(table.close)
-        self._store.put(HELPER_TABLE, [table.fileno()] if before is None else [])
+        if before is None:
+            self._store.put(HELPER_TABLE, [table.fileno()])
         self.helpers = Helpers(
             self._segment,
             self.fault_threads,

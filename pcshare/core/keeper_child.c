@@ -26,6 +26,7 @@
 #include <unistd.h>
 
 #include "keeper_store.h"
+#include "thread.h"
 
 enum { EXIT_NOT_EXECUTABLE = 126, EXIT_NOT_FOUND = 127, EXIT_SIGNAL_BASE = 128 };
 enum {
@@ -64,13 +65,13 @@ static volatile sig_atomic_t forwarded; /* the last signal passed on: dying of i
 
 static int64_t now_ms(void)
 {
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+    return (int64_t)(clock_ns() / 1000000);
 }
 
 /* ---- signals ---- */
+
+static const int ending_signals[] = {SIGINT, SIGTERM, SIGHUP};
+enum { ENDING_SIGNALS = sizeof(ending_signals) / sizeof(*ending_signals) };
 
 static void forward(int signal_number)
 {
@@ -82,19 +83,16 @@ static void forward(int signal_number)
 /* Blocked but in ppoll: none comes between a look at the flag and the wait. */
 static void take_signals(struct care *c)
 {
-    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP};
     struct sigaction action = {.sa_handler = forward};
     sigset_t set;
 
     sigemptyset(&set);
-    sigemptyset(&action.sa_mask);
-    for (size_t i = 0; i < sizeof(numbers) / sizeof(*numbers); i++) {
-        sigaddset(&set, numbers[i]);
-        action.sa_mask = set;
-    }
+    for (int i = 0; i < ENDING_SIGNALS; i++)
+        sigaddset(&set, ending_signals[i]);
+    action.sa_mask = set;
     sigprocmask(SIG_BLOCK, &set, &c->mask_before);
-    for (size_t i = 0; i < sizeof(numbers) / sizeof(*numbers); i++)
-        sigaction(numbers[i], &action, NULL);
+    for (int i = 0; i < ENDING_SIGNALS; i++)
+        sigaction(ending_signals[i], &action, NULL);
     signal(SIGPIPE, SIG_IGN);
 }
 
@@ -212,9 +210,9 @@ __attribute__((noreturn)) static void run_command(const struct care *c, char **c
     if (getppid() != keeper_pid)
         _exit(EXIT_FAILURE);
     signal(SIGPIPE, SIG_DFL);
-    signal(SIGINT, SIG_DFL); /* what came since the fork ends this process: our handler in it has nobody to tell */
-    signal(SIGTERM, SIG_DFL);
-    signal(SIGHUP, SIG_DFL);
+    /* What came since the fork ends this process: our handler in it has nobody to tell. */
+    for (int i = 0; i < ENDING_SIGNALS; i++)
+        signal(ending_signals[i], SIG_DFL);
     /* One that takes over opens its mask when it can hear: dying of a signal it would leave all behind. */
     if (!c->has_served)
         sigprocmask(SIG_SETMASK, &c->mask_before, NULL);
