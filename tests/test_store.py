@@ -19,7 +19,7 @@ import pytest
 import pcshare
 from pcshare.errors import CoordinatorGone
 from pcshare.fds import OwnedFd
-from pcshare.status import read_status
+from pcshare.status import StatusReport, read_status
 from pcshare.store import LISTEN_FDS_START, FdStore
 from pcshare.transport import FDS_MAX, Datagrams
 from support import wait_until
@@ -227,6 +227,25 @@ def name_of(command: list[str]) -> str:
     return next(word for word in command if word.startswith("--name=")).removeprefix("--name=")
 
 
+def start_anew(supervisor: Supervisor, command: list[str], helper: HelperProcess, content: bytes) -> StatusReport:
+    """The next one cannot go on: the helper of the one before, which has page 0, is told; the name is free."""
+    ensured = helper.start(f"b.ensure(slice({5 * PAGE}, {6 * PAGE}))")
+    supervisor.start(*command)
+    with pytest.raises(CoordinatorGone):
+        ensured.result()
+    assert helper.do(f"read(b, 0, {PAGE})") == content[:PAGE]
+    report = read_status(name_of(command))
+    assert (report.alive, report.restarts) == (True, 0)
+    with HelperProcess(report.socket) as late:
+        assert late.do("b = attach(); bytes(b)") == content
+    return report
+
+
+def stop_and_leave_nothing(supervisor: Supervisor) -> None:
+    assert supervisor.stop() == 0
+    wait_until(lambda: not supervisor.names(), "everything to be removed")
+
+
 def test_coordinator_without_a_keeper_goes_on_under_a_supervisor(
     supervisor: Supervisor, data_file: Path, content: bytes
 ) -> None:
@@ -291,8 +310,7 @@ def test_death_before_it_was_ready_leaves_the_next_one_a_clean_start(
     assert (report.restarts, report.alive) == (0, True)
     with HelperProcess(report.socket) as helper:
         assert helper.do("b = attach(); bytes(b)") == content
-    assert supervisor.stop() == 0
-    wait_until(lambda: not supervisor.names(), "everything to be removed")
+    stop_and_leave_nothing(supervisor)
 
 
 def test_keeper_passes_on_what_it_is_told(supervisor: Supervisor, data_file: Path, content: bytes) -> None:
@@ -323,26 +341,16 @@ def test_fds_without_mappings_are_good_for_a_good_bye(supervisor: Supervisor, da
     """P3: keeper and coordinator die, the supervisor starts them again: who waits is told, and the name is free."""
     command = coordinator_command(data_file)
     keeper = supervisor.start(*command)
-    name = name_of(command)
-    before = read_status(name)
+    before = read_status(name_of(command))
     with HelperProcess(before.socket) as helper:
         helper.do("b = attach(); read(b, 0)")
         os.kill(keeper.pid, signal.SIGSTOP)  # so that it cannot tell its child
         os.kill(before.pid, signal.SIGKILL)
         supervisor.kill()
-        ensured = helper.start(f"b.ensure(slice({5 * PAGE}, {6 * PAGE}))")
-        supervisor.start(*command)
-        with pytest.raises(CoordinatorGone):
-            ensured.result()
-        assert helper.do(f"read(b, 0, {PAGE})") == content[:PAGE]
-        report = read_status(name)
-        assert (report.alive, report.restarts) == (True, 0)
-        with HelperProcess(report.socket) as late:
-            assert late.do("b = attach(); bytes(b)") == content
-    assert supervisor.stop() == 0
-    wait_until(lambda: not supervisor.names(), "everything to be removed")
+        start_anew(supervisor, command, helper, content)
+    stop_and_leave_nothing(supervisor)
     with pytest.raises(pcshare.errors.NoSuchCoordinator):
-        read_status(name)
+        read_status(before.name)
 
 
 def test_who_comes_after_a_coordinator_and_its_mappings_starts_anew(
@@ -356,14 +364,5 @@ def test_who_comes_after_a_coordinator_and_its_mappings_starts_anew(
         helper.do("b = attach(); read(b, 0)")
         supervisor.kill()
         os.kill(before.keeper_pid, signal.SIGKILL)
-        ensured = helper.start(f"b.ensure(slice({5 * PAGE}, {6 * PAGE}))")
-        supervisor.start(*command)
-        with pytest.raises(CoordinatorGone):
-            ensured.result()
-        report = read_status(before.name)
-        assert (report.alive, report.restarts) == (True, 0)
-        assert report.keeper_pid != before.keeper_pid
-        with HelperProcess(report.socket) as late:
-            assert late.do("b = attach(); bytes(b)") == content
-    assert supervisor.stop() == 0
-    wait_until(lambda: not supervisor.names(), "everything to be removed")
+        assert start_anew(supervisor, command, helper, content).keeper_pid != before.keeper_pid
+    stop_and_leave_nothing(supervisor)

@@ -28,7 +28,6 @@ enum {
     EVENT_TIMEOUT_MS = 20000,
     MESSAGES_MAX = 250, /* fewer than a socket holds messages */
     MESSAGE_BYTES_MAX = 128,
-    FDS_MAX = 6, /* more than any message may have */
     CLIENT_PAGE = 16,
 };
 _Static_assert(MESSAGES_MAX > FAULT_REQUESTS_IN_FLIGHT_MAX * 3 / 2, "one helper asks too much now and then");
@@ -242,7 +241,7 @@ static void mutate(struct message *message)
         random_fill(message->bytes, message->length);
         break;
     case 2:
-        message->n_fds = 1 + (int)random_below(FDS_MAX);
+        message->n_fds = 1 + (int)random_below(FUZZ_FDS_MAX);
         if (one_in(4))
             message->length = 0;
         break;
@@ -263,24 +262,11 @@ static void mutate(struct message *message)
 /* SEQPACKET: whole or not at all. 0, or a negative errno. */
 static int send_message(int fd, const struct message *message)
 {
-    union {
-        char bytes[CMSG_SPACE(sizeof(int) * FDS_MAX)];
-        struct cmsghdr align;
-    } control = {0};
-    struct iovec vector = {.iov_base = (void *)message->bytes, .iov_len = message->length};
-    struct msghdr header = {.msg_iov = &vector, .msg_iovlen = 1};
+    int fds[FUZZ_FDS_MAX];
 
-    if (message->n_fds) {
-        header.msg_control = control.bytes;
-        header.msg_controllen = CMSG_SPACE(sizeof(int) * (size_t)message->n_fds);
-        struct cmsghdr *fds = CMSG_FIRSTHDR(&header);
-        *fds = (struct cmsghdr){.cmsg_level = SOL_SOCKET,
-                                .cmsg_type = SCM_RIGHTS,
-                                .cmsg_len = CMSG_LEN(sizeof(int) * (size_t)message->n_fds)};
-        for (int i = 0; i < message->n_fds; i++)
-            memcpy(CMSG_DATA(fds) + (size_t)i * sizeof(int), one_in(2) ? &fd : &uffd, sizeof(int));
-    }
-    return sendmsg(fd, &header, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 ? -errno : 0;
+    for (int i = 0; i < message->n_fds; i++)
+        fds[i] = one_in(2) ? fd : uffd;
+    return fuzz_send(fd, message->bytes, message->length, fds, (uint32_t)message->n_fds, MSG_DONTWAIT);
 }
 
 /* ---- the second reading ---- */

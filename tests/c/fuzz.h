@@ -8,11 +8,14 @@
 
 #include <dirent.h>
 #include <endian.h>
+#include <errno.h>
 #include <inttypes.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 enum {
@@ -29,6 +32,8 @@ enum {
             abort();                                                                                                   \
         }                                                                                                              \
     } while (0)
+
+enum { FUZZ_FDS_MAX = 6 }; /* more than any message may have, and than the core itself sends */
 
 static uint64_t fuzz_inputs; /* so far */
 static uint64_t fuzz_wanted;
@@ -47,6 +52,27 @@ static inline uint64_t random_below(uint64_t n)
 static inline int one_in(uint64_t n)
 {
     return random_below(n) == 0;
+}
+
+/* One message with up to FUZZ_FDS_MAX fds. 0, or a negative errno. */
+static inline int fuzz_send(int socket_fd, const void *bytes, size_t length, const int *fds, uint32_t n_fds, int flags)
+{
+    union {
+        char bytes[CMSG_SPACE(sizeof(int) * FUZZ_FDS_MAX)];
+        struct cmsghdr align;
+    } control = {0};
+    struct iovec vector = {.iov_base = (void *)bytes, .iov_len = length};
+    struct msghdr header = {.msg_iov = &vector, .msg_iovlen = 1};
+
+    if (n_fds) {
+        header.msg_control = control.bytes;
+        header.msg_controllen = CMSG_SPACE(sizeof(int) * n_fds);
+        struct cmsghdr *rights = CMSG_FIRSTHDR(&header);
+        *rights = (struct cmsghdr){
+            .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(sizeof(int) * n_fds)};
+        memcpy(CMSG_DATA(rights), fds, sizeof(int) * n_fds);
+    }
+    return sendmsg(socket_fd, &header, MSG_NOSIGNAL | flags) < 0 ? -errno : 0;
 }
 
 /* A number at or beside which mistakes are made. */

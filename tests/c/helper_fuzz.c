@@ -31,7 +31,6 @@ enum {
     PAGES = 16,
     BLOCK = 1, /* ours in the status segment; the other one is of another size */
     SCRIPT_MAX = 8,
-    FDS_MAX = 6,
     MESSAGE_BYTES_MAX = sizeof(struct wire_welcome) + 64,
     ATTACH_TIMEOUT_MS = 20000,
     ORPHAN_TIMEOUT_MS = 1,
@@ -45,7 +44,7 @@ struct message {
     uint8_t bytes[MESSAGE_BYTES_MAX];
     uint32_t length;
     uint32_t n_fds;
-    int fds[FDS_MAX]; /* FD_* */
+    int fds[FUZZ_FDS_MAX]; /* FD_* */
 };
 
 struct script {
@@ -272,7 +271,7 @@ static void mutate(struct message *message)
         random_fill(message->bytes, message->length);
         break;
     case 2:
-        message->n_fds = (uint32_t)random_below(FDS_MAX + 1);
+        message->n_fds = (uint32_t)random_below(FUZZ_FDS_MAX + 1);
         for (uint32_t i = 0; i < message->n_fds; i++)
             message->fds[i] = (int)random_below(FD_KINDS);
         break;
@@ -296,23 +295,11 @@ static void mutate(struct message *message)
 
 static void send_message(int fd, const struct message *message)
 {
-    union {
-        char bytes[CMSG_SPACE(sizeof(int) * FDS_MAX)];
-        struct cmsghdr align;
-    } control = {0};
-    struct iovec vector = {.iov_base = (void *)message->bytes, .iov_len = message->length};
-    struct msghdr header = {.msg_iov = &vector, .msg_iovlen = 1};
+    int sent[FUZZ_FDS_MAX];
 
-    if (message->n_fds) {
-        header.msg_control = control.bytes;
-        header.msg_controllen = CMSG_SPACE(sizeof(int) * message->n_fds);
-        struct cmsghdr *rights = CMSG_FIRSTHDR(&header);
-        *rights = (struct cmsghdr){
-            .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(sizeof(int) * message->n_fds)};
-        for (uint32_t i = 0; i < message->n_fds; i++)
-            memcpy(CMSG_DATA(rights) + i * sizeof(int), &fds[message->fds[i]], sizeof(int));
-    }
-    (void)!sendmsg(fd, &header, MSG_NOSIGNAL); /* it may have hung up on what came before */
+    for (uint32_t i = 0; i < message->n_fds; i++)
+        sent[i] = fds[message->fds[i]];
+    (void)fuzz_send(fd, message->bytes, message->length, sent, message->n_fds, 0); /* it may have hung up before */
 }
 
 /* ---- the second reading ---- */
