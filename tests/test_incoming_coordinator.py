@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from pcshare.migration.return_path import Pong, Shut
 from pcshare.notifier import Change, Notice
 from pcshare.protocol import AdminOp
 from pcshare.sources import open_source, parse_argument
-from pcshare.status import BlockStatus
 from support import wait_until
 from support_migration import (
     HUGE_PAGE,
@@ -38,57 +37,15 @@ from support_migration import (
     to_unix,
 )
 from support_migration_bytes import DEVICE_STATE, instead_of
-from support_serving import LAZY, PAGE, WAIT_S, HelperProcess, Pending, Serving, serving
+from support_scene import N_PAGES, RAM, RAM_BYTES, ROM, ROM_BYTES, each_preempt
+from support_scene import Scene as AnyScene
+from support_serving import LAZY, PAGE, WAIT_S, Serving, serving
 
 MIB = 1 << 20
-RAM, ROM = "pc.ram", "/rom@etc/acpi/tables"
-RAM_BYTES, ROM_BYTES = 4 * MIB, 32 * PAGE
-N_PAGES = RAM_BYTES // PAGE
 MIDDLE = 100_000  # bytes into what is sent: somewhere in a record
 SHORT_S = 0.3  # of a time limit that a test reaches
 
-each_preempt = pytest.mark.parametrize("preempt", list(Preempt), ids=lambda one: f"preempt {one.value}")
-
-
-class Scene:
-    """A coordinator that waits for a migration, and sources and helpers for it."""
-
-    def __init__(self, served: Serving, path: Path, seed: int) -> None:
-        self.served = served
-        self.path = path
-        self._seed = seed
-        self.lazily: dict[str, Any] = {"only_requested": True, "in_order": True}
-
-    def source(self, blocks: Sequence[SourceBlock] = (), **given: Any) -> Source:
-        made = blocks or (SourceBlock(RAM, RAM_BYTES, seed=self._seed), SourceBlock(ROM, ROM_BYTES, seed=self._seed))
-        return Source(to_unix(self.path), made, **{"seed": self._seed, **given})
-
-    def attaching(self, idstr: str = RAM) -> tuple[HelperProcess, Pending]:
-        helper = self.served.helper()
-        return helper, helper.start(f"b = attach({idstr!r}, timeout_s={WAIT_S})")
-
-    def attached(self, idstr: str = RAM) -> HelperProcess:
-        helper, attached = self.attaching(idstr)
-        attached.result()
-        return helper
-
-    def block(self, idstr: str = RAM) -> BlockStatus:
-        return self.served.block(idstr)
-
-    def wait_for_state(self, state: str) -> None:
-        wait_until(lambda: self.served.status().state == state, f"{state}: {self.served.status()}", WAIT_S)
-
-    def wait_for_reason(self, text: str) -> str:
-        wait_until(lambda: text in self.served.status().reason, f"{text!r}: {self.served.status()}", WAIT_S)
-        return self.served.status().reason
-
-    def assert_whole(self, source: Source) -> None:
-        """Every byte of every block, in a helper's eyes, and nothing that should not be."""
-        for idstr in source.blocks:
-            self.served.wait_for_state("END", idstr)
-            assert self.block(idstr).fraction == 1.0
-            assert self.block(idstr).foreign_pages == 0
-            assert self.attached(idstr).do("bytes(b)") == source.memory(idstr)
+Scene = AnyScene[Serving]
 
 
 @contextlib.contextmanager

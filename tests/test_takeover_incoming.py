@@ -8,66 +8,24 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from support import wait_until
-from support_migration import HUGE_PAGE, HungUp, Preempt, Refused, Source, SourceBlock, playing, to_unix
-from support_qemu import MIB, POSTCOPY, PREEMPT, RAM, UNLIMITED, Guest, Qemu, assert_same_memory
-from support_serving import PAGE, WAIT_S, HelperProcess, Pending
+from support_migration import HUGE_PAGE, HungUp, Preempt, Refused, Source, SourceBlock, playing
+from support_qemu import MIB, POSTCOPY, PREEMPT, UNLIMITED, Guest, Qemu, assert_same_memory
+from support_scene import N_PAGES, RAM, each_preempt
+from support_scene import Scene as AnyScene
+from support_serving import PAGE, WAIT_S
 from support_takeover import Restarting, restarting
 
-ROM = "/rom@etc/acpi/tables"
-RAM_BYTES, ROM_BYTES = 4 * MIB, 32 * PAGE
-N_PAGES = RAM_BYTES // PAGE
 SLOWLY = 2.0 * MIB  # bytes a second: the coordinator dies in the middle of it
 # What is asked for is not held back on a preempt channel: nor must that be over before.
 READ_SLOWLY = f"b''.join((time.sleep(0.003), read(b, page * {PAGE}, {PAGE}))[1] for page in range({N_PAGES}))"
 
-each_preempt = pytest.mark.parametrize("preempt", list(Preempt), ids=lambda one: f"preempt {one.value}")
-
-
-class Scene:
-    """A coordinator that waits for a migration, and sources and helpers for it."""
-
-    def __init__(self, served: Restarting, path: Path, seed: int) -> None:
-        self.served = served
-        self.path = path
-        self._seed = seed
-
-    def source(self, blocks: Sequence[SourceBlock] = (), **given: Any) -> Source:
-        made = blocks or (SourceBlock(RAM, RAM_BYTES, seed=self._seed), SourceBlock(ROM, ROM_BYTES, seed=self._seed))
-        return Source(to_unix(self.path), made, **{"seed": self._seed, **given})
-
-    def attaching(self, idstr: str = RAM) -> tuple[HelperProcess, Pending]:
-        helper = self.served.helper()
-        return helper, helper.start(f"b = attach({idstr!r}, timeout_s={WAIT_S})")
-
-    def attached(self, idstr: str = RAM) -> HelperProcess:
-        helper, attached = self.attaching(idstr)
-        attached.result()
-        return helper
-
-    def here(self) -> int:
-        """Pages of RAM that are received, or came as zeros."""
-        block = self.served.block(RAM)
-        return block.received_pages + block.hole_pages
-
-    def wait_for_summary(self, state: str) -> None:
-        wait_until(lambda: self.served.status().state == state, f"{state}: {self.served.status()}", WAIT_S)
-
-    def listens(self) -> bool:
-        return str(self.path) in Path("/proc/net/unix").read_text()
-
-    def assert_whole(self, source: Source) -> None:
-        for idstr in source.blocks:
-            self.served.wait_for_state("END", idstr)
-            block = self.served.block(idstr)
-            assert (block.fraction, block.foreign_pages) == (1.0, 0)
-            assert self.attached(idstr).do("bytes(b)") == source.memory(idstr)
+Scene = AnyScene[Restarting]
 
 
 @pytest.fixture
@@ -124,9 +82,9 @@ def test_death_before_listen_forgets_what_came(scene: Scene) -> None:
 def recover(scene: Scene, source: Source, before: int) -> None:
     """What a source does when its receiver has died and serves again."""
     scene.served.wait_for_restart(before)
-    scene.wait_for_summary("PAUSED")
+    scene.wait_for_state("PAUSED")
     source.recover()
-    scene.wait_for_summary("RUNNING")
+    scene.wait_for_state("RUNNING")
 
 
 @each_preempt
@@ -215,9 +173,9 @@ def test_death_while_paused_and_in_recovery(scene: Scene) -> None:
         source.main.break_at = source.main.written + 100_000
         with contextlib.suppress(Exception):
             source.postcopy()
-        scene.wait_for_summary("PAUSED")
+        scene.wait_for_state("PAUSED")
         scene.served.restart()
-        scene.wait_for_summary("PAUSED")
+        scene.wait_for_state("PAUSED")
         source.begin_recovery()
         source.ask_bitmaps()
         before = scene.served.kill()
@@ -324,13 +282,13 @@ def test_machine_is_whole_although_its_receiver_was_killed(
             before = scene.served.kill()
             source.wait_for_migration("postcopy-paused")
             scene.served.wait_for_restart(before)
-            scene.wait_for_summary("PAUSED")
+            scene.wait_for_state("PAUSED")
             source.resume_migration(f"unix:{scene.path}")
-            scene.wait_for_summary("RUNNING")
+            scene.wait_for_state("RUNNING")
         source.set_parameters(max_postcopy_bandwidth=UNLIMITED)
         source.wait_for_migration("completed")
         assert_same_memory(read.result(), content)
-    scene.wait_for_summary("END")
+    scene.wait_for_state("END")
     scene.served.restart()
     assert_same_memory(scene.attached().do("bytes(b)"), content)
     assert all(block.foreign_pages == 0 for block in scene.served.status().blocks)
