@@ -11,6 +11,7 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,24 @@ def all_threads_stopped(pid: int) -> bool:
     return {stat.rpartition(")")[2].split()[0] for stat in stats} == {"T"}
 
 
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: all_threads_stopped(pid), "its last thread to be stopped")
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def wait_for_pending_fault(pid: int) -> None:
+    """Until a fault of this process is queued that nobody reads."""
+    folder = Path(f"/proc/{pid}/fd")
+    number = next(fd.name for fd in folder.iterdir() if os.readlink(fd) == UFFD)
+    fdinfo = Path(f"/proc/{pid}/fdinfo/{number}")
+    wait_until(lambda: "pending:\t1" in fdinfo.read_text(), "the fault to be queued")
+
+
 def test_planted_page_is_found_by_the_fault_that_was_there_first(
     runtime_dir: Path, data_file: Path, content: bytes
 ) -> None:
@@ -156,15 +175,10 @@ def test_planted_page_is_found_by_the_fault_that_was_there_first(
     ):
         helper.do("b = attach(); b.ensure(slice(4096, None))")
         planter.do("m = hand_over('welcome').unregistered()")
-        os.kill(served.pid, signal.SIGSTOP)
-        wait_until(lambda: all_threads_stopped(served.pid), "the last fault thread to be stopped")
-        pending = helper.start("read(b, 0, 4096)")
-        folder = Path(f"/proc/{helper.pid}/fd")
-        number = next(fd.name for fd in folder.iterdir() if os.readlink(fd) == UFFD)
-        fdinfo = Path(f"/proc/{helper.pid}/fdinfo/{number}")
-        wait_until(lambda: "pending:\t1" in fdinfo.read_text(), "the fault to be queued")
-        assert planter.do("m[0]") == 0
-        os.kill(served.pid, signal.SIGCONT)
+        with stopped(served.pid):
+            pending = helper.start("read(b, 0, 4096)")
+            wait_for_pending_fault(helper.pid)
+            assert planter.do("m[0]") == 0
         assert pending.result() == content[:PAGE]
         wait_until(lambda: served.block("data").state == "END", "the end of the block")
         assert served.block("data").foreign_pages == 1
@@ -194,6 +208,29 @@ def test_fallocate_of_a_read_only_block_is_repaired(runtime_dir: Path, data_file
         helper.do("b.ensure()")
         assert helper.do("bytes(b)") == content
         assert served.block().foreign_pages == 10
+
+
+def test_hole_that_one_helper_fills_and_another_one_waits_for_raises_no_alarm_in_a_complete_block(
+    runtime_dir: Path, tmp_path: Path
+) -> None:
+    """P1: the one has been told that the block is complete and has a plain mapping, the other one not yet."""
+    path = tmp_path / "sparse"
+    path.write_bytes(b"data")
+    os.truncate(path, 10 * PAGE)
+    with (
+        coordinator(f"data={path}", options=["--stream=lazy"]) as served,
+        HelperProcess(served.socket) as told,
+        HelperProcess(served.socket) as other,
+    ):
+        other.do("h = hand_over('ack')")
+        told.do("b = attach(); b.ensure()")
+        wait_until(lambda: told.do("b.state") == "complete", "it to be told")
+        with stopped(served.pid):
+            pending = other.start("read(h.memory, 7 * 4096)")
+            wait_for_pending_fault(other.pid)
+            assert told.do("read(b, 7 * 4096)") == b"\0"
+        assert pending.result() == b"\0"
+        assert served.block("data").foreign_pages == 0
 
 
 def test_nobody_reads_a_wrong_byte_while_pages_arrive(

@@ -403,6 +403,34 @@ def test_foreign_page_of_a_writable_block_is_counted_and_left(keeper: Keeper) ->
         assert made.is_received(2)
 
 
+@pytest.mark.parametrize("writable", [False, True])
+def test_hole_that_is_touched_when_the_block_is_complete_is_not_foreign(keeper: Keeper, writable: bool) -> None:
+    """P1: one helper has been told and touches its plain mapping, the fault of another one is still on its way."""
+    with block(keeper, extents=((0, PAGE),), writable=writable) as made:
+        made.plant(5)
+        assert lib.ramblock_place_zero(made.c, 5) == lib.RAMBLOCK_PRESENT
+        assert made.status.foreign_pages == 1  # nobody has been told yet
+        made.place(0, b"a" * PAGE)
+        made.plant(3)
+        assert lib.ramblock_place_zero(made.c, 3) == lib.RAMBLOCK_PRESENT
+        assert made.status.foreign_pages == 1
+        assert made.is_received(3)
+
+
+def test_pages_of_a_complete_block_that_is_registered_no_more_are_made_all_the_same(keeper: Keeper) -> None:
+    """P3: a hole, and what a helper removed; whoever does not know yet that the block is complete waits for them."""
+    with block(keeper, extents=((0, PAGE),), writable=True) as made:
+        made.place(0, b"a" * PAGE)
+        lib.ramblock_complete(made.c)
+        assert lib.ramblock_place_zero(made.c, 3) == lib.RAMBLOCK_PLACED
+        with mmap.mmap(made.c.memfd, PAGE) as mapping:
+            mapping.madvise(mmap.MADV_REMOVE)
+        assert lib.ramblock_revive(made.c, 0) == 0
+        assert os.fstat(made.c.memfd).st_blocks * 512 == 2 * PAGE
+        assert made.content(0, 4) == bytes(4 * PAGE)
+        assert (made.status.foreign_pages, made.is_received(3)) == (0, True)
+
+
 def test_hole_is_placed_as_zeros_without_a_copy(keeper: Keeper) -> None:
     """E2: ZEROPAGE, which this kind of memory offers; that is remembered per block (B4)."""
     with block(keeper, extents=((0, PAGE),)) as made:

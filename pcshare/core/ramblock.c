@@ -578,11 +578,19 @@ static uint64_t acquire_run(struct ramblock *b, uint64_t page, uint64_t end)
     return n;
 }
 
-/* Present, not received, and only we may place it: somebody planted it, unless a coordinator died over it. In a
- * writable block it may be a write: it stays. */
-static int meet_foreign_page(struct ramblock *b, uint64_t page, const void *bytes)
+/* Present, not received, and only we may place it: somebody planted it, unless a coordinator died over it, or the block
+ * is complete: who knows that already is registered no more, and its touch of a hole makes the page. */
+static int is_foreign(struct ramblock *b, uint64_t page)
 {
-    if (!b->recovered || !bitmap_test_and_clear(b->recovered, page)) {
+    if (b->recovered && bitmap_test_and_clear(b->recovered, page))
+        return 0;
+    return __atomic_load_n(&b->missing_pages, __ATOMIC_ACQUIRE) > 0 || !ramblock_is_hole(b, page);
+}
+
+/* In a writable block it may be a write: it stays. */
+static int meet_present_page(struct ramblock *b, uint64_t page, const void *bytes)
+{
+    if (is_foreign(b, page)) {
         count(&b->foreign_pages, 1);
         count(&b->status->foreign_pages, 1);
         __atomic_store_n(&b->foreign_offset, page * b->page_size, __ATOMIC_RELAXED);
@@ -596,11 +604,25 @@ static int copy_in(struct ramblock *b, uint64_t page, uint64_t n, const uint8_t 
     return uffd_copy(b->placing_uffd, b->place_addr + page * b->page_size, bytes, n * b->page_size, donep);
 }
 
+/* Of a complete block the keeper's mapping is registered no more, and nobody may be told to wait for what it has not: a
+ * hole, or a page that a helper removed. Made as anybody's touch would make it. */
+static int make_zero_page(const struct ramblock *b, uint64_t page, uint64_t *donep)
+{
+    if (fallocate(b->memfd, FALLOC_FL_KEEP_SIZE, (off_t)(page * b->page_size), (off_t)b->page_size) < 0)
+        return -errno;
+    *donep = b->page_size;
+    return 0;
+}
+
 static int zero_in(struct ramblock *b, uint64_t page, uint64_t n, uint64_t *donep)
 {
-    if (!b->can_zeropage)
-        return copy_in(b, page, 1, zero_page, donep);
-    return uffd_zeropage(b->placing_uffd, b->place_addr + page * b->page_size, n * b->page_size, donep);
+    uint64_t addr = b->place_addr + page * b->page_size;
+    int rc = b->can_zeropage ? uffd_zeropage(b->placing_uffd, addr, n * b->page_size, donep)
+                             : copy_in(b, page, 1, zero_page, donep);
+
+    if (rc == -ENOENT && __atomic_load_n(&b->missing_pages, __ATOMIC_ACQUIRE) == 0)
+        rc = make_zero_page(b, page, donep);
+    return rc;
 }
 
 /* Places pages that we hold the placing bits of; gives the bits up whatever happens. bytes NULL: zeros. */
@@ -622,7 +644,7 @@ static int place_run(struct ramblock *b, uint64_t page, uint64_t n, const uint8_
         tries = done ? 0 : tries + 1;
         if (rc == -EEXIST) {
             trace_point(TRACE_PLACE_PRESENT, b->index, 0, page + placed, 0);
-            rc = meet_foreign_page(b, page + placed, bytes ? bytes + placed * b->page_size : zero_page);
+            rc = meet_present_page(b, page + placed, bytes ? bytes + placed * b->page_size : zero_page);
             if (rc == 0)
                 finish_pages(b, page + placed++, 1);
         } else if (rc == -EAGAIN && tries < PLACE_TRIES_MAX) {

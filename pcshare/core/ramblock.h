@@ -7,6 +7,7 @@
  *  - a page that is received yet faults in a writable block was removed by a helper and comes back as zeros;
  *  - a coordinator that is killed may leave pages that are placed and not yet received: no foreign pages, if the block
  * is taken over, though in a read-only one the source's bytes are stored over them once more;
+ *  - who knows that a block is complete is registered no more, and makes the page of a hole by touching it: not foreign;
  *  - one that is removed before it was received counts as received from then on, and is never placed (place_gate.h);
  *  - hugetlb offers no ZEROPAGE: one shared zero page of the largest size is copied instead.
  */
