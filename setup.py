@@ -30,7 +30,7 @@ from setuptools.errors import CompileError
 
 COMPILE_JOBS = 2
 EXECUTABLES = Path("pcshare/_bin")
-HELPER_FOLDERS = (Path("helpers"), Path("helpers/hostile"))
+PROGRAM_FOLDERS = (Path("helpers"), Path("helpers/hostile"), Path("pcshare/bench"))
 LIBRARY = "libpcshare.a"
 
 NO_COMPILER = """no C compiler: {compiler!r} is not on the PATH
@@ -185,9 +185,9 @@ class Workshop:
         return made
 
 
-def helper_sources() -> list[Path]:
+def program_sources() -> list[Path]:
     """Each is a program of its own, linked with libpcshare.a."""
-    return sorted(path for folder in HELPER_FOLDERS for path in folder.glob("*.c"))
+    return sorted(path for folder in PROGRAM_FOLDERS for path in folder.glob("*.c"))
 
 
 def executable_name(source: Path) -> str:
@@ -225,9 +225,9 @@ class BuildCore(build_ext):
     def _build(self, workshop: Workshop) -> None:
         core = core_build.core_sources()
         mains = core_build.main_sources()
-        helpers = helper_sources()
-        check_names([*mains, *helpers])
-        workshop.compile_all([*core, *mains, *helpers])
+        programs = program_sources()
+        check_names([*mains, *programs])
+        workshop.compile_all([*core, *mains, *programs])
         objects = [workshop.object_path(source) for source in core]
         for extension in self.extensions:
             extension.extra_objects = [str(path) for path in objects]
@@ -235,7 +235,7 @@ class BuildCore(build_ext):
         super().run()
         library = workshop.make_library()
         made = [library, *(workshop.link(source, objects) for source in mains)]
-        made += [workshop.link(source, [library]) for source in helpers]
+        made += [workshop.link(source, [library]) for source in programs]
         self._install(made)
 
     def _install(self, made: Sequence[Path]) -> None:
@@ -251,7 +251,7 @@ class BuildCore(build_ext):
         return [Path(self.build_lib) / EXECUTABLES, *([EXECUTABLES] if self.inplace else [])]
 
     def _executables(self) -> list[str]:
-        sources = [*core_build.main_sources(), *helper_sources()]
+        sources = [*core_build.main_sources(), *program_sources()]
         return [str(EXECUTABLES / name) for name in [LIBRARY, *map(executable_name, sources)]]
 
     def get_outputs(self) -> list[str]:
@@ -271,6 +271,7 @@ if __name__ == "__main__":
         package_data={
             "pcshare": ["py.typed", "systemd/*.service"],
             "pcshare.core": ["*.h", "*.pyi"],
+            "pcshare.bench": ["*.c", "*.h"],
             "pcshare_helpers": ["*.c", "*.h"],
             "pcshare_helpers.hostile": ["*.c", "*.h"],
         },

@@ -41,7 +41,7 @@ ROOMS = (
     ("launcher",),
     ("serve",),
     ("views",),
-    ("demo", "stress"),
+    ("demo", "stress", "bench"),
     ("cli",),
     ("integrations",),
     ("__init__", "__main__"),  # the package's own face

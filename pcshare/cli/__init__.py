@@ -30,6 +30,7 @@ COMMANDS = {
     "doctor": "Check what this host offers, and for whom.",
     "demo": "Show helpers computing on memory that has not arrived.",
     "stress": "Random helpers, joins, leaves and kills, with checks for leaks.",
+    "bench": "Measure how fast it is here, beside limits and peers.",
 }
 
 

@@ -1,0 +1,257 @@
+/* bench_limit: the smallest programs that do the work at all, to be measured beside pcshare. No promises, no policy.
+ *
+ *   bench-limit server blocks|spins FILE SERVER_CPU HELPER_CPU COUNT   two processes and one uffd: read, pread, COPY
+ *   bench-limit chain FILE SOURCE_CPU SERVER_CPU HELPER_CPU COUNT      the page comes from a third process, by a Unix
+ *                                                                      stream socket; all block
+ *   bench-limit copy FILE PAGE_SIZE       the whole file: pread of 2 MiB, UFFDIO_COPY of 2 MiB, into fresh memory
+ *   bench-limit pwrite FILE               the whole file: pread of 2 MiB, pwrite of 2 MiB, into a fresh memfd
+ *
+ * The helper of the first two touches COUNT different pages (0: all) in the order of `bench-touch walk`. PAGE_SIZE is
+ * 4096 or 2097152. CPU -1 is not pinned.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "bench_common.h"
+#include "fd_message.h"
+#include "uffd.h"
+
+enum { PIECE = 2 << 20 };
+
+static int open_file(const char *path, uint64_t *lengthp)
+{
+    struct stat info;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+    if (fd < 0 || fstat(fd, &info) < 0)
+        bench_fail(path);
+    *lengthp = (uint64_t)info.st_size / BENCH_PAGE * BENCH_PAGE;
+    return fd;
+}
+
+static int make_memfd(uint64_t length, uint64_t page_size)
+{
+    int memfd = memfd_create("bench-limit", MFD_CLOEXEC | (page_size > BENCH_PAGE ? MFD_HUGETLB : 0));
+
+    if (memfd < 0 || ftruncate(memfd, (off_t)length) < 0)
+        bench_fail("memfd");
+    return memfd;
+}
+
+/* A uffd on a shared mapping of the memfd. */
+static int map_registered(int memfd, uint64_t length, uint8_t **datap)
+{
+    int user_mode_only, uffd;
+    void *data = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
+
+    if (data == MAP_FAILED)
+        bench_fail("mmap");
+    *datap = data;
+    uffd = uffd_open(-1, &user_mode_only);
+    if (uffd < 0 || uffd_api(uffd, 0, NULL, NULL) < 0 ||
+        uffd_register(uffd, (uint64_t)(uintptr_t)data, length, UFFD_MODE_MISSING, NULL) < 0)
+        bench_fail("userfaultfd");
+    return uffd;
+}
+
+/* ---- one fault at a time ---- */
+
+static void read_all(int fd, uint8_t *bytes, size_t length)
+{
+    for (size_t done = 0; done < length;) {
+        ssize_t n = read(fd, bytes + done, length - done);
+        if (n <= 0)
+            bench_fail("read");
+        done += (size_t)n;
+    }
+}
+
+/* pread of a file, or a question and its answer over a socket. */
+static void fetch(int file, int socket_fd, uint64_t offset, uint8_t *bytes)
+{
+    if (socket_fd < 0) {
+        if (pread(file, bytes, BENCH_PAGE, (off_t)offset) != BENCH_PAGE)
+            bench_fail("pread");
+        return;
+    }
+    if (write(socket_fd, &offset, sizeof(offset)) != sizeof(offset))
+        bench_fail("write");
+    read_all(socket_fd, bytes, BENCH_PAGE);
+}
+
+static void serve(int uffd, uint64_t client_addr, int file, int socket_fd, int spins)
+{
+    struct pollfd polled = {.fd = uffd, .events = POLLIN};
+    struct uffd_message message;
+    static uint8_t staging[BENCH_PAGE] __attribute__((aligned(BENCH_PAGE)));
+    uint64_t done;
+
+    for (;;) {
+        if (!spins && poll(&polled, 1, -1) < 0)
+            bench_fail("poll");
+        if (uffd_read(uffd, &message, 1) != 1)
+            continue;
+        uint64_t addr = message.fault_addr & ~(uint64_t)(BENCH_PAGE - 1);
+        fetch(file, socket_fd, addr - client_addr, staging);
+        uffd_copy(uffd, addr, staging, BENCH_PAGE, &done);
+        uffd_wake(uffd, addr, BENCH_PAGE);
+    }
+}
+
+static void be_server(int helper_fd, int file, int socket_fd, int spins, int cpu)
+{
+    uint64_t client_addr;
+    uint32_t n_fds = 1;
+    int uffd = -1;
+
+    bench_pin(cpu);
+    if (fd_message_receive(helper_fd, &client_addr, sizeof(client_addr), &uffd, &n_fds, 0) <= 0)
+        bench_fail("receive");
+    serve(uffd, client_addr, file, socket_fd, spins);
+}
+
+static void be_source(int socket_fd, int file, int cpu)
+{
+    static uint8_t bytes[BENCH_PAGE];
+    uint64_t offset;
+
+    bench_pin(cpu);
+    for (;;) {
+        read_all(socket_fd, (uint8_t *)&offset, sizeof(offset));
+        if (pread(file, bytes, BENCH_PAGE, (off_t)offset) != BENCH_PAGE)
+            bench_fail("pread");
+        if (write(socket_fd, bytes, BENCH_PAGE) != BENCH_PAGE)
+            bench_fail("write");
+    }
+}
+
+static void be_helper(int server_fd, uint64_t length, int cpu, uint64_t count)
+{
+    uint64_t pages = length / BENCH_PAGE, step = bench_stride(pages), n = count && count < pages ? count : pages;
+    double *us = malloc(n * sizeof(*us));
+    uint8_t *data;
+
+    bench_pin(cpu);
+    int uffd = map_registered(make_memfd(length, BENCH_PAGE), length, &data);
+    uint64_t addr = (uint64_t)(uintptr_t)data;
+    if (!us || fd_message_send(server_fd, &addr, sizeof(addr), &uffd, 1, 0) < 0)
+        bench_fail("send");
+    double begin_us = bench_now_us();
+    for (uint64_t i = 0, at = 0; i < n; i++, at = (at + step) % pages) {
+        double start_us = bench_now_us();
+        (void)((volatile uint8_t *)data)[at * BENCH_PAGE];
+        us[i] = bench_now_us() - start_us;
+    }
+    bench_print_times(n, (bench_now_us() - begin_us) / 1e6, us, n);
+}
+
+static pid_t fork_child(void)
+{
+    pid_t pid = fork();
+
+    if (pid < 0)
+        bench_fail("fork");
+    if (pid == 0 && prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
+        bench_fail("prctl");
+    return pid;
+}
+
+static void end_child(pid_t pid)
+{
+    if (pid <= 0)
+        return;
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+}
+
+struct chain {
+    const char *path;
+    int is_chain;
+    int spins;
+    int source_cpu;
+    int server_cpu;
+    int helper_cpu;
+    uint64_t count;
+};
+
+static int run_chain(const struct chain *chain)
+{
+    int helpers[2], sources[2] = {-1, -1}, status;
+    uint64_t length;
+    int file = open_file(chain->path, &length);
+    pid_t source = 0;
+
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET, 0, helpers) < 0 ||
+        (chain->is_chain && socketpair(AF_UNIX, SOCK_STREAM, 0, sources) < 0))
+        bench_fail("socketpair");
+    if (chain->is_chain && (source = fork_child()) == 0)
+        be_source(sources[1], file, chain->source_cpu);
+    pid_t server = fork_child();
+    if (server == 0)
+        be_server(helpers[1], file, sources[0], chain->spins, chain->server_cpu);
+    pid_t helper = fork_child();
+    if (helper == 0) {
+        be_helper(helpers[0], length, chain->helper_cpu, chain->count);
+        fflush(stdout);
+        _exit(EXIT_SUCCESS);
+    }
+    waitpid(helper, &status, 0);
+    end_child(server);
+    end_child(source);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : EXIT_FAILURE;
+}
+
+/* ---- all of it ---- */
+
+static int run_fill(const char *path, uint64_t page_size, int by_copy)
+{
+    uint64_t length, done = 0;
+    int file = open_file(path, &length);
+    uint8_t *bytes = mmap(NULL, PIECE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), *data = NULL;
+
+    length = length / PIECE * PIECE;
+    if (bytes == MAP_FAILED)
+        bench_fail("mmap");
+    memset(bytes, 0, PIECE);
+    int memfd = make_memfd(length, page_size), uffd = by_copy ? map_registered(memfd, length, &data) : -1;
+    double begin_us = bench_now_us();
+    for (uint64_t at = 0; at < length; at += PIECE) {
+        if (pread(file, bytes, PIECE, (off_t)at) != PIECE)
+            bench_fail("pread");
+        if (by_copy && uffd_copy(uffd, (uint64_t)(uintptr_t)data + at, bytes, PIECE, &done) < 0)
+            bench_fail("UFFDIO_COPY");
+        if (!by_copy && pwrite(memfd, bytes, PIECE, (off_t)at) != PIECE)
+            bench_fail("pwrite");
+    }
+    bench_print_seconds(length, (bench_now_us() - begin_us) / 1e6);
+    return EXIT_SUCCESS;
+}
+
+int main(int argc, char **argv)
+{
+    const char *what = argc > 1 ? argv[1] : "";
+
+    if (strcmp(what, "server") == 0 && argc == 7)
+        return run_chain(&(struct chain){.path = argv[3], .spins = strcmp(argv[2], "spins") == 0,
+                                         .server_cpu = atoi(argv[4]), .helper_cpu = atoi(argv[5]),
+                                         .count = strtoull(argv[6], NULL, 10)});
+    if (strcmp(what, "chain") == 0 && argc == 7)
+        return run_chain(&(struct chain){.path = argv[2], .is_chain = 1, .source_cpu = atoi(argv[3]),
+                                         .server_cpu = atoi(argv[4]), .helper_cpu = atoi(argv[5]),
+                                         .count = strtoull(argv[6], NULL, 10)});
+    if (strcmp(what, "copy") == 0 && argc == 4)
+        return run_fill(argv[2], strtoull(argv[3], NULL, 10), 1);
+    if (strcmp(what, "pwrite") == 0 && argc == 3)
+        return run_fill(argv[2], BENCH_PAGE, 0);
+    fprintf(stderr, "usage: bench-limit server blocks|spins FILE SERVER_CPU HELPER_CPU COUNT | chain FILE SOURCE_CPU"
+                    " SERVER_CPU HELPER_CPU COUNT | copy FILE PAGE_SIZE | pwrite FILE\n");
+    return 2;
+}

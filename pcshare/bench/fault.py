@@ -1,0 +1,47 @@
+"""fault: one fault at a time whose page is at hand, beside the smallest server that does the work at all.
+
+The limit is two processes of C (bench-limit server): one touches, one polls, reads the file, copies and wakes. Where
+the server has a CPU of its own, waking that CPU is what the time goes for; on the helper's CPU it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pcshare.bench.contest import OURS, Contest, Figures, Rival, Row
+from pcshare.bench.lab import MIB, Lab
+
+DOES_NOT_MEASURE = "a source that is not at hand, several helpers at once, the stream, reading ahead"
+LENGTH = 64 * MIB
+TOUCHES = 16000  # different pages, far from each other
+SAME, OTHER = "server on the same CPU", "server on another CPU"
+
+
+def contests(lab: Lab) -> Sequence[Contest]:
+    places = {"CPU 0": lab.cpus[0], "CPU 1": lab.other_cpu, "no CPU": -1}
+    return [_contest(lab, place, cpu) for place, cpu in places.items()]
+
+
+def _contest(lab: Lab, place: str, cpu: int) -> Contest:
+    path = lab.file(LENGTH)
+
+    def ours(_: int) -> Figures:
+        with lab.coordinator(path, "lazy") as serving:
+            return lab.touch("walk", cpu, TOUCHES, f"pcshare:{serving.socket}")
+
+    def limit(server_cpu: int) -> Rival:
+        return lambda _: lab.limit("server", "blocks", path, server_cpu, lab.cpus[0], TOUCHES)
+
+    return Contest(
+        name=f"fault, helper on {place}",
+        stream="lazy",
+        pinning=f"helper on {place}, fault threads as by default",
+        rivals={OURS: ours, SAME: limit(lab.cpus[0]), OTHER: limit(lab.other_cpu)},
+        rows=[
+            Row("median", "p50", OTHER, number="F1", at_most=0.3),
+            Row("median", "p50", SAME, number="F1", at_most=1.3),
+            Row("p99", "p99", SAME, number="F2", at_most=2),
+            Row("p99.9", "p99.9", SAME, number="F2", at_most=2),
+        ],
+        in_check=True,
+    )

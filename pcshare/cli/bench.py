@@ -1,0 +1,100 @@
+"""bench: `pcshare bench`: how fast pcshare is here, as ratios against limits and peers of the same run.
+
+Here are the options and the exit code; what is measured, and how, is pcshare.bench's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pcshare.cli.options import ending_signals_raise, json_option, print_json
+from pcshare.errors import EXIT_DONE, EXIT_FAILED
+
+if TYPE_CHECKING:
+    from pcshare.bench.run import Outcome
+
+# As in pcshare.bench.run, which is imported late; a test compares them.
+NAMES = ("fault", "demand", "fill", "scan", "scale", "after", "peers")
+
+
+@click.command("bench")
+@click.argument("names", metavar="[NAME]...", nargs=-1, type=click.Choice(NAMES))
+@click.option("--rounds", type=click.IntRange(1, 1000), help="Runs of each rival.  [default: 7; 5 with --check]")
+@click.option("--check", is_flag=True, help="The short form: what must hold, in at most ten minutes on two CPUs.")
+@click.option(
+    "--folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where source files are made; some gigabytes.  [default: for temporary files]",
+)
+@click.option(
+    "--report",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Write tables and plots there (extra plots).",
+)
+@json_option
+def command(
+    names: tuple[str, ...], rounds: int | None, check: bool, folder: Path | None, report: Path | None, as_json: bool
+) -> int:
+    """Measure how fast pcshare is here.
+
+    Every figure is a ratio: against the smallest program that does the work at all, or against another tool, measured
+    in the same run and in turns. NAMEs choose what is measured, all without any:
+
+    \b
+      fault    one fault, its page at hand, beside the smallest server
+      demand   one fault, its page at a server, without and beside the stream
+      fill     a whole block, beside one process that does nothing but copy
+      scan     one helper that reads a cold block in order
+      scale    cost of a fault as size, helpers and blocks grow
+      after    a complete block, an idle coordinator, a second start with a working set
+      peers    the same work by nbdfuse and by QEMU
+
+    A figure means something only where nothing else runs. Memory is touched before, some gigabytes of it.
+
+    Exit status: 0 done; 1 with --check where a ratio lies beyond its limit in the whole interval over the runs; 3 a
+    tool that is needed is missing.
+
+    \b
+    Examples:
+      pcshare bench fault
+      pcshare bench --check --json
+      pcshare bench --rounds 11 --report docs/performance
+    """
+    from pcshare.bench.run import NAMES as ALL
+    from pcshare.bench.run import ROUNDS_CHECK, ROUNDS_DEFAULT, run
+
+    chosen = [name for name in ALL if not names or name in names]
+    with ending_signals_raise():
+        outcome = run(
+            chosen,
+            rounds or (ROUNDS_CHECK if check else ROUNDS_DEFAULT),
+            folder,
+            lambda line: click.echo(f"pcshare: {line}", err=True),
+            only_check=check,
+        )
+    _tell(outcome, chosen, as_json)
+    if report is not None:
+        from pcshare.bench.report import write
+
+        for path in write(outcome, report):
+            click.echo(f"pcshare: wrote {path}", err=True)
+    beyond = [result for result in outcome.results() if result.is_beyond]
+    return EXIT_FAILED if check and beyond else EXIT_DONE
+
+
+def _tell(outcome: Outcome, chosen: list[str], as_json: bool) -> None:
+    from rich.console import Console
+
+    from pcshare.bench.report import show
+    from pcshare.bench.run import limits_of
+
+    console = Console(stderr=as_json, highlight=False, emoji=False)
+    show(outcome, console)
+    for name in chosen:
+        console.print(f"{name} does not measure: {limits_of(name)}")
+    if as_json:
+        print_json(outcome.to_json())
