@@ -6,6 +6,7 @@ No fault passes through here (P9): Python decides who is served and reacts to ev
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,13 @@ from pcshare.errors import check
 from pcshare.fds import OwnedFd
 from pcshare.ramblock import RAMBlock
 
-FAULT_THREADS_DEFAULT_MAX = 4  # more wake more CPUs for each fault
+log = logging.getLogger("pcshare")
+
+# By default one fault thread a CPU, up to so many. The thread on the CPU that faulted wakes no other one; where waking
+# another CPU costs little, threads on more CPUs win nothing.
+FAULT_THREADS_FEW, FAULT_THREADS_MANY = 4, 16
+WAKE_DEAR_NS = 10_000  # so much more for another CPU than for one's own
+WAKE_COST_ROUNDS = 40  # some milliseconds
 DEMANDS_IN_FLIGHT_MAX = int(lib.FAULT_DEMANDS_IN_FLIGHT_MAX)
 REQUESTS_IN_FLIGHT_MAX = int(lib.FAULT_REQUESTS_IN_FLIGHT_MAX)
 
@@ -47,9 +54,21 @@ class FaultEvent:
     offset: int
 
 
+def wake_cost_ns(cpu_a: int, cpu_b: int, rounds: int = WAKE_COST_ROUNDS) -> int:
+    """What it costs a thread on one CPU to wake one that sleeps on the other, or on the same; median, ns."""
+    cost_ns = ffi.new("uint64_t *")
+    check(lib.wake_cost_measure(cpu_a, cpu_b, rounds, cost_ns), f"measuring a wake-up between CPU {cpu_a} and {cpu_b}")
+    return int(cost_ns[0])
+
+
 def default_cpus() -> list[int]:
-    """One fault thread for each of the first few CPUs this process may use."""
-    return sorted(os.sched_getaffinity(0))[:FAULT_THREADS_DEFAULT_MAX]
+    """One fault thread for each of the first CPUs this process may use: how many is measured where there are many."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) <= FAULT_THREADS_FEW:
+        return cpus
+    own_ns, other_ns = wake_cost_ns(cpus[0], cpus[0]), wake_cost_ns(cpus[0], cpus[len(cpus) // 2])
+    log.debug("waking a thread costs %d ns on its own CPU, %d ns on another one", own_ns, other_ns)
+    return cpus[: FAULT_THREADS_MANY if other_ns - own_ns > WAKE_DEAR_NS else FAULT_THREADS_FEW]
 
 
 class FaultThreads:

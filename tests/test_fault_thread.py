@@ -8,14 +8,17 @@ import errno
 import os
 import random
 import re
+import select
 import struct
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from core_support import child
+from pcshare import fault_thread
 from pcshare.core import ffi, lib
 from pcshare.errors import PcshareError
 from pcshare.fault_thread import EventKind
@@ -28,6 +31,7 @@ from support_serving import EAGER, LAZY, PAGE, WAIT_S, is_readable, make_file, p
 
 N_PAGES = 64
 LENGTH = N_PAGES * PAGE - 100
+POLL_UFFD = 1  # of fault_thread.c
 SYS_SCHED_GETATTR, SCHED_ATTR_BYTES = 315, 48  # of x86-64; of the structure's first version
 THREAD_ID = lib.UFFD_FEATURE_BIT_THREAD_ID
 
@@ -59,6 +63,56 @@ def test_all_threads_run_when_start_returns(rig: Rig, n: int) -> None:
     assert len(tids) == n
     assert sorted(len(os.sched_getaffinity(tid)) for tid in tids)[0] == 1
     assert len(core_threads("pcshare-stream")) == 1
+
+
+@pytest.mark.parametrize(
+    ("n_cpus", "own_ns", "other_ns", "n_threads"),
+    [(1, 0, 0, 1), (2, 0, 0, 2), (4, 0, 0, 4), (8, 2000, 9000, 4), (8, 2000, 40000, 8), (64, 2000, 40000, 16)],
+)
+def test_default_is_a_thread_for_more_cpus_where_waking_another_one_is_dear(
+    monkeypatch: pytest.MonkeyPatch, n_cpus: int, own_ns: int, other_ns: int, n_threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(n_cpus)))
+    monkeypatch.setattr(fault_thread, "wake_cost_ns", lambda a, b: own_ns if a == b else other_ns)
+    assert fault_thread.default_cpus() == list(range(n_threads))
+
+
+def test_cost_of_a_wake_up_is_measured_between_cpus_that_are_ours() -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    before = os.sched_getaffinity(0)
+    assert 0 < fault_thread.wake_cost_ns(cpus[0], cpus[0]) < 1e9
+    assert 0 < fault_thread.wake_cost_ns(cpus[0], cpus[-1]) < 1e9
+    assert os.sched_getaffinity(0) == before
+    for cpu, rounds in ((-1, 1), (100_000, 1), (cpus[0], 0), (cpus[0], 1 << 20)):
+        with pytest.raises(PcshareError, match="measuring a wake-up") as caught:
+            fault_thread.wake_cost_ns(cpus[0], cpu, rounds)
+        assert caught.value.errno == errno.EINVAL
+
+
+def pollers_of_uffds() -> Counter[int]:
+    """By remote fd's id: how many fault threads poll it, by what the kernel says of their epolls."""
+    found: Counter[int] = Counter()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventpoll]":
+                text = Path(f"/proc/self/fdinfo/{fd}").read_text()
+                for events, data in re.findall(r"events:\s+([0-9a-f]+) data:\s+([0-9a-f]+)", text):
+                    if int(data, 16) >> 32 == POLL_UFFD:
+                        found[int(data, 16) & 0xFFFFFFFF] += int(events, 16) & select.EPOLLIN
+    return found
+
+
+@pytest.mark.parametrize(("n", "pollers"), [(1, 1), (3, 3), (4, 4), (16, 4), (6, 3)])
+def test_few_of_many_threads_poll_for_a_helper_without_a_home(
+    runtime_dir: Path, data_file: Path, n: int, pollers: int
+) -> None:
+    """Each that polls is woken by each fault."""
+    with serving(f"data={data_file}", stream_mode=LAZY, fault_threads=n) as served:
+        helper = served.helper()
+        helper.do("b = attach()")
+        assert set(pollers_of_uffds().values()) == {pollers}
+        assert len(pollers_of_uffds()) == 2  # the coordinator's own, and the helper's
+        assert helper.do("read(b, 4096)") == data_file.read_bytes()[PAGE : PAGE + 1]
 
 
 @pytest.mark.parametrize("n", [0, 65])
@@ -515,7 +569,7 @@ bad
 """
 
 
-@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("n", [1, 2, 4, 16])
 @pytest.mark.parametrize("filters", ["", "#delay=1ms"], ids=["at hand", "asked for"])
 def test_several_fault_threads_serve_all_helpers_right(
     runtime_dir: Path, tmp_path: Path, rng: random.Random, seed: int, n: int, filters: str

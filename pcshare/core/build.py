@@ -29,6 +29,7 @@ HEADERS = (
     "channel_meter.h",
     "remote_fd.h",
     "fault_thread.h",
+    "wake_cost.h",
     "incoming.h",
     "helper.h",
 )

@@ -2,7 +2,7 @@
  *
  * The fault thread on the CPU that faulted answers in half the time, because it and the helper wake each other without
  * an interrupt to another CPU; and waking the others as well costs again. So as long as a helper's faults come from one
- * CPU that has a fault thread, that one alone polls its uffd; else all do. What is not polled for is never lost:
+ * CPU that has a fault thread, that one alone polls its uffd; else a few do. What is not polled for is never lost:
  * polling is level-triggered, and the new home polls before the others stop.
  */
 #include "fault_internal.h"
@@ -18,6 +18,7 @@
 
 enum {
     HOME_ANYWHERE = -1,
+    HOME_ANYWHERE_THREADS = 4, /* each fault of a helper without a home wakes them all */
     HOME_LOOK_FAULTS = 256,   /* a look at /proc costs as much as a fault: one in so many */
     HOME_LOOK_NS = 100000000, /* and one where the last is a tenth of a second ago */
     HOME_STAT_FIELD = 39,     /* "processor" in proc(5): the CPU that a thread ran on last */
@@ -66,12 +67,24 @@ static int32_t home_for(const struct fault_threads *ft, const struct remote_fd *
     return tid == remote->home_tid || remote->home_tid == 0 || cpu == remote->home_cpu ? cpu : HOME_ANYWHERE;
 }
 
+int polls_anywhere(const struct fault_worker *worker)
+{
+    uint32_t n = worker->ft->n_workers, stride = (n + HOME_ANYWHERE_THREADS - 1) / HOME_ANYWHERE_THREADS;
+
+    return stride <= 1 || worker->number % stride == 0;
+}
+
+static int polls_for(const struct fault_worker *worker, int32_t home)
+{
+    return home == HOME_ANYWHERE ? polls_anywhere(worker) : worker->cpu == home;
+}
+
 static void move_home(struct fault_threads *ft, struct remote_fd *remote, int32_t home)
 {
     remote->home_cpu = home;
     for (int polls = 1; polls >= 0; polls--) /* who shall poll begins before the others stop */
         for (uint32_t i = 0; i < ft->n_workers; i++)
-            if ((home == HOME_ANYWHERE || ft->workers[i].cpu == home) == polls)
+            if (polls_for(&ft->workers[i], home) == polls)
                 change_polling(&ft->workers[i], remote, polls);
 }
 

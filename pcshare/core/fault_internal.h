@@ -96,7 +96,7 @@ struct fault_threads {
 /* fault_thread.c */
 int start_polling(struct fault_threads *ft, struct remote_fd *remote);
 void stop_polling(struct fault_threads *ft, int fd);
-/* Every worker polls the block's channel, if it has something to poll. */
+/* A few workers poll the block's channel, if it has something to poll. */
 int start_polling_channel(struct fault_threads *ft, struct served_block *served);
 /* Whether a worker polls a remote fd's uffd that was added; without effect on one that was taken away. */
 void change_polling(struct fault_worker *worker, struct remote_fd *remote, int polls);
@@ -117,6 +117,8 @@ struct served_block *served_block_of(struct fault_threads *ft, const struct ramb
 void follow_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t most);
 
 /* fault_home.c */
+/* Whether this worker polls what belongs to no CPU: channels, and the uffds of helpers that have no home. A few do. */
+int polls_anywhere(const struct fault_worker *worker);
 /* A thread of the helper has faulted and been answered: now and then looks where it runs. */
 void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid);
 

@@ -23,11 +23,16 @@ static const uint64_t beside_others_ns = 100000000; /* since another helper faul
 
 /* ---- polling ---- */
 
-static int poll_fd(const struct fault_worker *worker, int fd, uint64_t kind, uint32_t id)
+static int add_fd(const struct fault_worker *worker, int fd, uint64_t kind, uint32_t id, int polls)
 {
-    struct epoll_event event = {.events = EPOLLIN, .data.u64 = kind << POLL_KIND_SHIFT | id};
+    struct epoll_event event = {.events = polls ? EPOLLIN : 0, .data.u64 = kind << POLL_KIND_SHIFT | id};
 
     return epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
+}
+
+static int poll_fd(const struct fault_worker *worker, int fd, uint64_t kind, uint32_t id)
+{
+    return add_fd(worker, fd, kind, id, 1);
 }
 
 void change_polling(struct fault_worker *worker, struct remote_fd *remote, int polls)
@@ -49,7 +54,8 @@ void stop_polling_control(struct fault_threads *ft, struct remote_fd *remote)
     stop_polling(ft, remote->control);
 }
 
-/* Every worker polls every uffd; one of them reads the control sockets. Before there is a worker: when they start. */
+/* Every worker knows every uffd, and those poll it that shall; one of them reads the control sockets. Before there is a
+ * worker: when they start. */
 int start_polling(struct fault_threads *ft, struct remote_fd *remote)
 {
     int rc = 0;
@@ -57,7 +63,7 @@ int start_polling(struct fault_threads *ft, struct remote_fd *remote)
     if (remote->control >= 0 && ft->n_workers)
         rc = poll_fd(&ft->workers[0], remote->control, POLL_CONTROL, remote->id);
     for (uint32_t i = 0; rc == 0 && i < ft->n_workers; i++)
-        rc = poll_fd(&ft->workers[i], remote->uffd, POLL_UFFD, remote->id);
+        rc = add_fd(&ft->workers[i], remote->uffd, POLL_UFFD, remote->id, polls_anywhere(&ft->workers[i]));
     return rc;
 }
 
@@ -66,7 +72,8 @@ int start_polling_channel(struct fault_threads *ft, struct served_block *served)
     int fd = page_channel_poll_fd(served->channel), rc = 0;
 
     for (uint32_t i = 0; fd >= 0 && rc == 0 && i < ft->n_workers; i++)
-        rc = poll_fd(&ft->workers[i], fd, POLL_CHANNEL, served->block->index);
+        if (polls_anywhere(&ft->workers[i]))
+            rc = poll_fd(&ft->workers[i], fd, POLL_CHANNEL, served->block->index);
     return rc;
 }
 
