@@ -122,8 +122,9 @@ class Coordinator:
             array = coordinator.attach("data").asarray()
 
     blocks: {block: source}, or "BLOCK=SOURCE" or "SOURCE" texts as on the command line. stream: "eager", "lazy",
-    "paused", or bytes a second such as "200M". page_size: "4K", "2M", or bytes. exports: addresses on which the blocks
-    are given out over NBD, a path with a "/", HOST:PORT, or :PORT of this host alone; the attribute has them as bound.
+    "paused", or bytes a second such as "200M". page_size: "4K", "2M", "auto", or bytes. exports: addresses on which the
+    blocks are given out over NBD, a path with a "/", HOST:PORT, or :PORT of this host alone; the attribute has them as
+    bound.
     keeper: whether a coordinator that is killed is started again. strict: each page is looked at before a helper reads
     it. on_event is called in a thread of its own; for PROBE
     a text it returns, or an exception, is a veto with that reason.

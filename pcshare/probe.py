@@ -13,7 +13,7 @@ import platform
 import resource
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ SECCOMP_FILTER = 2
 KILLED = -1  # in place of an errno: the attempt ended its process
 
 _UNPRIVILEGED = Path("/proc/sys/vm/unprivileged_userfaultfd")
+FEATURES_HUGE = frozenset({"MISSING_HUGETLBFS"})
+FEATURES_HUGE_STRICT = FEATURES_HUGE | {"MINOR_HUGETLBFS"}
 _SHMEM_THP = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 _HUGE_PAGES = Path("/sys/kernel/mm/hugepages")
 
@@ -72,6 +74,11 @@ class HugePages:
     size: int
     total: int
     free: int
+    reserved: int = 0  # of the free ones: promised to mappings that have not touched them yet
+
+    @property
+    def available(self) -> int:
+        return self.free - self.reserved
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,8 @@ def _huge_pages() -> tuple[HugePages, ...]:
     found = []
     for path in _HUGE_PAGES.glob("hugepages-*kB"):
         size = int(path.name.removeprefix("hugepages-").removesuffix("kB")) << 10
-        found.append(HugePages(size, int(_line(path / "nr_hugepages") or 0), int(_line(path / "free_hugepages") or 0)))
+        counts = [int(_line(path / f"{kind}_hugepages") or 0) for kind in ("nr", "free", "resv")]
+        found.append(HugePages(size, *counts))
     return tuple(sorted(found, key=lambda pages: pages.size))
 
 
@@ -540,6 +548,14 @@ def check_page_size(page_size: int, report: HostReport) -> None:
             " which this kernel does not offer",
             hint=f"use pages of {report.page_size} bytes, or {_mend_feature('MISSING_HUGETLBFS')}",
         )
+
+
+def best_page_size(lengths: Iterable[int], report: HostReport, *, strict: bool) -> int:
+    """For blocks of these lengths in bytes: huge pages where there are enough for all of them, else the host's own."""
+    size, needed = HUGE_PAGE_SIZE_MAX, FEATURES_HUGE_STRICT if strict else FEATURES_HUGE
+    available = sum(pages.available for pages in report.huge_pages if pages.size == size)
+    enough = sum(-(-length // size) for length in lengths) <= available
+    return size if enough and needed.issubset(report.features) else report.page_size
 
 
 def require_host(page_size: int | None = None) -> HostReport:

@@ -21,6 +21,7 @@ import pcshare
 from pcshare import cli, errors, runtime
 from pcshare.cli import options
 from pcshare.cli.stop import command as stop_command
+from pcshare.coordinator.options import PAGE_SIZE_AUTO
 from pcshare.core import lib
 from pcshare.status import read_status
 from support import wait_until
@@ -165,6 +166,13 @@ def test_stream_modes_are_those_of_the_status_segment() -> None:
         "rate": lib.STATUS_STREAM_RATE,
         "paused": lib.STATUS_STREAM_PAUSED,
     }
+
+
+def test_page_size_is_one_that_is_offered_or_left_to_the_coordinator() -> None:
+    assert [options.parse_page_size(text) for text in ("4K", "2M", "2097152", "auto")] == [4096, 2 << 20, 2 << 20, 0]
+    assert options.PAGE_SIZE_AUTO == PAGE_SIZE_AUTO
+    with pytest.raises(errors.UsageError, match="page size '8K' is not offered"):
+        options.parse_page_size("8K")
 
 
 @pytest.mark.parametrize(

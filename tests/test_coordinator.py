@@ -22,6 +22,7 @@ from pcshare import fds, probe, protocol, status, transport
 from pcshare.coordinator import Options, Server, door, handshake, server
 from pcshare.coordinator.blocks import Blocks
 from pcshare.coordinator.door import Door
+from pcshare.coordinator.options import PAGE_SIZE_AUTO
 from pcshare.coordinator.parent import ParentLink
 from pcshare.core import lib
 from pcshare.errors import CoordinatorGone, LimitReached, PcshareError, Vetoed
@@ -35,7 +36,7 @@ from pcshare.trace import TraceFile
 from pcshare.uffd import Uffd
 from serving_child import HandOver
 from support import wait_until
-from support_serving import EAGER, LAZY, PAGE, WAIT_S, HelperProcess, Serving, make_file, serving
+from support_serving import EAGER, HUGE_PAGE, LAZY, PAGE, WAIT_S, HelperProcess, Serving, make_file, serving
 
 N_PAGES = 50
 LENGTH = N_PAGES * PAGE - 5
@@ -149,6 +150,16 @@ def test_several_blocks_are_served_side_by_side(runtime_dir: Path, tmp_path: Pat
 
 
 # ---- start and end ----
+
+
+def test_page_size_auto_takes_huge_pages_if_all_blocks_have_them(
+    runtime_dir: Path, data_file: Path, huge_pages: Callable[[int], None]
+) -> None:
+    huge_pages(2)
+    with serving(f"a={data_file}", "b=zero:4K", page_size=PAGE_SIZE_AUTO) as served:
+        assert [served.block(name).page_size for name in "ab"] == [HUGE_PAGE, HUGE_PAGE]
+    with serving(f"a={data_file}", "b=zero:1T", page_size=PAGE_SIZE_AUTO) as served:
+        assert [served.block(name).page_size for name in "ab"] == [PAGE, PAGE]
 
 
 def test_close_before_start_and_twice(runtime_dir: Path, data_file: Path) -> None:

@@ -49,6 +49,30 @@ def test_features_are_probed_and_exactly_the_wanted_ones_asked_for(report: probe
     assert caught.value.errno == errno.EPERM
 
 
+@pytest.mark.parametrize(
+    ("free", "reserved", "lacking", "strict", "huge"),
+    [
+        (3, 0, "", False, True),
+        (4, 1, "", False, True),
+        (3, 1, "", False, False),  # promised to somebody
+        (2, 0, "", False, False),
+        (3, 0, "MISSING_HUGETLBFS", False, False),
+        (3, 0, "MINOR_HUGETLBFS", False, True),
+        (3, 0, "MINOR_HUGETLBFS", True, False),
+    ],
+)
+def test_best_page_size_is_huge_where_all_blocks_have_enough(
+    report: probe.HostReport, free: int, reserved: int, lacking: str, strict: bool, huge: bool
+) -> None:
+    """Two blocks that need three pages of 2 MiB."""
+    pages = probe.HugePages(2 << 20, 10, free, reserved)
+    known = {*report.features, "MISSING_HUGETLBFS", "MINOR_HUGETLBFS"} - {lacking}
+    host = dataclasses.replace(report, huge_pages=(pages,), features=tuple(known))
+    lengths = [(2 << 20) + 1, 5]
+    assert probe.best_page_size(lengths, host, strict=strict) == (2 << 20 if huge else report.page_size)
+    assert probe.best_page_size(lengths, dataclasses.replace(host, huge_pages=()), strict=False) == report.page_size
+
+
 def test_uffd_is_of_no_use_before_its_handshake() -> None:
     """A1."""
     with uffd.Uffd.open() as fresh, mmap.mmap(-1, mmap.PAGESIZE) as page:

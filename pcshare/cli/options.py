@@ -29,6 +29,7 @@ else:  # generic for type checkers only, and in older versions of click not even
 STREAM_MODES = {"eager": 0, "lazy": 1, "rate": 2, "paused": 3}
 
 PAGE_SIZES = (4 << 10, 2 << 20)
+PAGE_SIZE_AUTO = 0  # as in coordinator/options.py, without loading it; a test compares them
 FAULT_THREADS_MAX = 64  # as in core/fault_thread.h
 EXIT_SIGNAL = 128
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -64,9 +65,12 @@ def parse_stream(text: str) -> tuple[int, int]:
 
 
 def parse_page_size(text: str) -> int:
+    """Bytes; PAGE_SIZE_AUTO for auto."""
+    if text == "auto":
+        return PAGE_SIZE_AUTO
     size = units.parse_size(text)
     if size not in PAGE_SIZES:
-        raise errors.UsageError(f"page size {text!r} is not offered", hint="use 4K, or 2M for huge pages")
+        raise errors.UsageError(f"page size {text!r} is not offered", hint="use 4K, 2M for huge pages, or auto")
     return size
 
 
@@ -103,8 +107,8 @@ _SERVING = (
         type=PAGE_SIZE,
         default="4K",
         show_default=True,
-        metavar="4K|2M",
-        help="Pages of the blocks; 2M: huge pages.",
+        metavar="4K|2M|auto",
+        help="Pages of the blocks; 2M: huge pages; auto: huge pages if enough are reserved for all blocks.",
     ),
     click.option("--writable", multiple=True, metavar="BLOCK", help="Let helpers write this block. Can be repeated."),
     click.option(

@@ -130,10 +130,10 @@ class Blocks:
                 hint=f"the blocks are {', '.join(source.spec.block for source in opened)}",
             )
 
-    def add(self, source: OpenedSource, keeper: Keeper, fault_threads: FaultThreads) -> None:
+    def add(self, source: OpenedSource, page_size: int, keeper: Keeper, fault_threads: FaultThreads) -> None:
         """Makes a block, discards what it may hold, listens on it and lets it run."""
-        block = self._new(source, self._options.page_size, source.extents)
-        ram = self._make_ram(block, keeper, self._options.page_size, source.extents)
+        block = self._new(source, page_size, source.extents)
+        ram = self._make_ram(block, keeper, page_size, source.extents)
         try:
             self._change(block, State.ADVISE)
             self._notifiers.notify(Change.INBOUND_ADVISE, block.idstr)

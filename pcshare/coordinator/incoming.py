@@ -22,7 +22,7 @@ from pcshare.coordinator.blocks import Blocks
 from pcshare.coordinator.calls import Calls
 from pcshare.coordinator.device_state import DeviceStateFile
 from pcshare.coordinator.inbound import Inbound
-from pcshare.coordinator.options import STREAM_EAGER, Options
+from pcshare.coordinator.options import PAGE_SIZE_AUTO, STREAM_EAGER, Options
 from pcshare.coordinator.reception import FAILED, TARGET_PAGE_SIZE, Reception, SourceIncomplete, send_message
 from pcshare.coordinator.takeover import KeptBlock
 from pcshare.errors import MigrationError, PcshareError, UsageError
@@ -607,7 +607,7 @@ def incoming_source(options: Options) -> SourceSpec:
             f"--stream: {spec.text} sends when and as fast as it likes",
             hint="leave it out, and set max-postcopy-bandwidth at the source",
         )
-    if options.page_size != TARGET_PAGE_SIZE:
+    if options.page_size not in (TARGET_PAGE_SIZE, PAGE_SIZE_AUTO):
         raise UsageError(
             f"--page-size: the blocks of {spec.text} have the pages that they have there",
             hint="leave it out, and back the source's memory with huge pages",

@@ -8,6 +8,7 @@ from pcshare.sources import SOURCE_TIMEOUT_S, SourceSpec
 
 ORPHAN_TIMEOUT_S = 30.0  # long enough to start a coordinator again, short enough that nobody thinks of a hang
 HELPERS_MAX = 1024  # an fd or two each; the status segment has room for four times as many
+PAGE_SIZE_AUTO = 0  # huge pages where there are enough, else the host's own
 STREAM_EAGER, STREAM_LAZY, STREAM_RATE, STREAM_PAUSED = range(4)  # STATUS_STREAM_* of core/status_segment.h
 
 
@@ -15,8 +16,8 @@ STREAM_EAGER, STREAM_LAZY, STREAM_RATE, STREAM_PAUSED = range(4)  # STATUS_STREA
 class Options:
     """Sizes in bytes, rates in bytes a second, times in seconds.
 
-    stream_mode is one of the STREAM_* above; fault_threads None: one for each of the first few
-    CPUs; orphan_timeout_s 0: helpers wait for ever; source_timeout_s: with poison, how long a source may be away;
+    stream_mode is one of the STREAM_* above; page_size may be PAGE_SIZE_AUTO; fault_threads None: as many as the machine
+    calls for; orphan_timeout_s 0: helpers wait for ever; source_timeout_s: with poison, how long a source may be away;
     fault_timeout_s: how long a page that somebody waits for may take, 0: for ever; helpers_per_uid 0: any
     other user than its own and root has at most three quarters of helpers_max (HELPERS_KEPT_FOR_OTHERS)."""
 

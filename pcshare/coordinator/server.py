@@ -18,14 +18,21 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from pcshare import fds, probe, runtime, status, trace
+from pcshare import fds, probe, runtime, status, trace, units
 from pcshare.coordinator.blocks import Blocks
 from pcshare.coordinator.door import Door
 from pcshare.coordinator.exports import Exports
 from pcshare.coordinator.handshake import Handshake
 from pcshare.coordinator.helpers import Helpers
 from pcshare.coordinator.opening import close_sources
-from pcshare.coordinator.options import STREAM_EAGER, STREAM_LAZY, STREAM_PAUSED, STREAM_RATE, Options
+from pcshare.coordinator.options import (
+    PAGE_SIZE_AUTO,
+    STREAM_EAGER,
+    STREAM_LAZY,
+    STREAM_PAUSED,
+    STREAM_RATE,
+    Options,
+)
 from pcshare.coordinator.parent import ParentLink
 from pcshare.coordinator.takeover import (
     DEVICE,
@@ -137,7 +144,7 @@ class Server:
 
     def _start(self) -> None:
         options, before = self.options, self._predecessor
-        report = probe.require_host(options.page_size)
+        report = probe.require_host(options.page_size or None)
         self._check_options(report)
         self._features = before.state.features if before else _features(report, strict=options.strict)
         _raise_fd_limit()
@@ -158,7 +165,7 @@ class Server:
         if before is not None:
             self._take_over_blocks(before)
         else:
-            self._make_blocks()
+            self._make_blocks(report)
         self._set_stream(before is not None)
         self._listen(path, before.take(LISTENER) if before else None)
         if options.exports:
@@ -177,7 +184,7 @@ class Server:
         if self._predecessor is not None and self.options.shared:
             _check_shared(self._predecessor.state.socket_path)
         if self.options.strict:
-            probe.check_strict(self.options.page_size, report)
+            probe.check_strict(self.options.page_size or report.page_size, report)
         if self.options.poison and "POISON" not in report.features:
             raise UsageError(
                 "--on-source-loss poison needs the userfaultfd feature POISON, which this kernel does not offer",
@@ -235,15 +242,20 @@ class Server:
         self.helpers.limit_users(options.helpers_per_uid)
         self._closing.callback(self.helpers.close)
 
-    def _make_blocks(self) -> None:
+    def _make_blocks(self, report: probe.HostReport) -> None:
         if self.options.takes_migration:
             self._make_incoming([])
             return
         opened = self.blocks.open_sources(self._stop_read)
         self._closing.callback(close_sources, opened)
         self.blocks.probe(opened)
+        page_size = self.options.page_size
+        if page_size == PAGE_SIZE_AUTO:
+            lengths = [source.used_length for source in opened]
+            page_size = probe.best_page_size(lengths, report, strict=self.options.strict)
+            log.info("pages of %s", units.format_bytes(page_size))
         for source in opened:
-            self.blocks.add(source, self._keeper, self.fault_threads)
+            self.blocks.add(source, page_size, self._keeper, self.fault_threads)
 
     def _make_incoming(self, taken: list[OwnedFd], *, was_over: bool = False) -> IncomingMigration:
         from pcshare.coordinator.incoming import IncomingMigration
