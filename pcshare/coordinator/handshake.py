@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import time
 from collections.abc import Callable, Mapping
 
@@ -23,6 +24,7 @@ from pcshare.state import State
 from pcshare.transport import Connection
 
 OUT_OF_FDS = (errno.EMFILE, errno.ENFILE)
+FDS_RESERVED = 16  # no helper gets these: an operator's order, a source's new connection, an export need some
 HANDSHAKE_TIMEOUT_S = 10.0  # from accept to ATTACH: a helper maps and registers in between, which takes milliseconds
 
 
@@ -67,7 +69,7 @@ class Handshake:
         except PcshareError as error:
             return self._refuse(error)
         except OSError as error:
-            return self._refuse(_out_of_fds(error)) if error.errno in OUT_OF_FDS else self._end()
+            return self._refuse(_out_of_fds(error.errno)) if error.errno in OUT_OF_FDS else self._end()
         finally:
             close_aside(*fds)
 
@@ -127,6 +129,7 @@ class Handshake:
         complete = block.state is State.END
         if not complete:
             self._helpers.check_room(self.connection.credentials().uid)
+            _check_fds_left(self.connection.fileno())
         self.connection.accept_fds(True)
         fds = [block.ram.helper_memfd(writing=mode is Mode.RW), self._status_fd]
         if self._device is not None and not complete:
@@ -167,6 +170,7 @@ class Handshake:
         if block.state is State.END:
             self.connection.send(protocol.pack_ack(0, WelcomeFlag.COMPLETE))
             return self._end()
+        _check_fds_left(uffd_fd.fileno())
         helper = self._helpers.attach(block, self._mode, self.connection, uffd_fd, message.maps)
         self.attached = True
         self._helpers.tell(helper, protocol.pack_ack(helper.slot))
@@ -181,10 +185,16 @@ class Handshake:
         return self._end()
 
 
-def _out_of_fds(error: OSError) -> PcshareError:
+def _check_fds_left(fd: int) -> None:
+    """LimitReached: none is left for helpers. fd is the newest, and the kernel gives out the lowest that is free."""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] - fd <= FDS_RESERVED:
+        raise _out_of_fds(errno.EMFILE)
+
+
+def _out_of_fds(error: int) -> PcshareError:
     return LimitReached(
-        f"the coordinator has no file descriptor left: {error.strerror}",
-        errno=error.errno,
+        f"the coordinator has no file descriptor left: {os.strerror(error)}",
+        errno=error,
         hint="end a helper, or start it with a larger hard limit (ulimit -Hn; LimitNOFILE= under systemd)",
     )
 

@@ -16,9 +16,9 @@ STREAM_EAGER, STREAM_LAZY, STREAM_RATE, STREAM_PAUSED = range(4)  # STATUS_STREA
 class Options:
     """Sizes in bytes, rates in bytes a second, times in seconds.
 
-    stream_mode is one of the STREAM_* above; page_size may be PAGE_SIZE_AUTO; fault_threads None: as many as the machine
-    calls for; orphan_timeout_s 0: helpers wait for ever; source_timeout_s: with poison, how long a source may be away;
-    fault_timeout_s: how long a page that somebody waits for may take, 0: for ever; helpers_per_uid 0: any
+    stream_mode is one of the STREAM_* above; page_size may be PAGE_SIZE_AUTO; fault_threads None: as many as the
+    machine calls for; orphan_timeout_s 0: helpers wait for ever; source_timeout_s: with poison, how long a source may
+    be away; fault_timeout_s: how long a page that somebody waits for may take, 0: for ever; helpers_per_uid 0: any
     other user than its own and root has at most three quarters of helpers_max (HELPERS_KEPT_FOR_OTHERS)."""
 
     name: str

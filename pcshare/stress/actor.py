@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import random
@@ -29,6 +30,7 @@ ENSURE_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 5.0  # from the last page to the news of it; a restart may lie between
 LOOK_AGAIN_S = 0.005
 PR_SET_PDEATHSIG = 1
+NO_FDS_LEFT = (errno.EMFILE, errno.ENFILE)  # in the coordinator, which says so
 CHILD_DIFFERS = 3  # exit status of a forked child that read a wrong byte
 
 
@@ -275,10 +277,9 @@ def main() -> None:
             answer = actor.carry_out(order)
         except SourceLost:
             answer = {"lost": True}
-        except LimitReached:
-            answer = {"refused": True}
         except PcshareError as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            is_limit = isinstance(error, LimitReached) or error.errno in NO_FDS_LEFT
+            answer = {"refused": True} if is_limit else {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps({"id": order["id"], **answer}), flush=True)
 
 

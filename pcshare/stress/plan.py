@@ -32,6 +32,7 @@ STOP_MAX_MS = 400
 SOURCE_ERROR_MAX_MS = 300
 SOURCE_AWAY_MAX_MS = 800  # a server that is the source, from its death until another one listens
 SOURCE_TIMEOUT_S = 0.3  # with poison: shorter than that, so that some absences are losses and some are none
+FDS_SPARE_MIN, FDS_SPARE_MAX = 24, 48  # above what no helper gets, handshake.FDS_RESERVED; a helper takes two
 HELPERS_FEW_MIN, HELPERS_FEW_MAX = 3, 9  # of a coordinator with a low limit: fewer than what wants to attach
 CHURN_MAX = 100  # attachments one after the other, for what leaks only a little each time
 SEED_MAX = 1 << 32
@@ -118,10 +119,15 @@ class RoundPlan:
     ending: str  # one of ENDINGS
     keeper: bool  # a coordinator that is killed is started again
     helpers_max: int | None  # a low limit: who is too many is told so
+    fds_spare: int | None = None  # another one: so many fds more than coordinator and keeper have at the start
     source_timeout_s: float = SOURCE_TIMEOUT_S
     nbdkit: bool = True  # is the server, where it is installed
     dies_at_steps: bool = False  # processes are told at which step to die
     actions: list[Action] = field(default_factory=list)
+
+    @property
+    def has_low_limit(self) -> bool:
+        return self.helpers_max is not None or self.fds_spare is not None
 
     @property
     def served(self) -> list[BlockPlan]:
@@ -140,7 +146,8 @@ def draw_round(seed: int, number: int, actors: int) -> RoundPlan:
     rng = random.Random(f"{seed}:{number}:{actors}")
     huge = rng.random() < 0.2
     few = rng.randrange(HELPERS_FEW_MIN, HELPERS_FEW_MAX) if rng.random() < 0.15 else None
-    ending = "leave" if few else rng.choices(list(ENDINGS), list(ENDINGS.values()))[0]
+    spare = rng.randrange(FDS_SPARE_MIN, FDS_SPARE_MAX) if not few and rng.random() < 0.15 else None
+    ending = "leave" if few or spare else rng.choices(list(ENDINGS), list(ENDINGS.values()))[0]
     plan = RoundPlan(
         number=number,
         blocks=_draw_blocks(rng, huge),
@@ -151,6 +158,7 @@ def draw_round(seed: int, number: int, actors: int) -> RoundPlan:
         ending=ending,
         keeper=ending != "killed" or rng.random() < 0.5,
         helpers_max=few,
+        fds_spare=spare,
     )
     books: Books = {actor: [] for actor in range(actors)}
     for number in range(rng.randrange(ACTIONS_MIN, ACTIONS_MAX)):
@@ -213,7 +221,7 @@ def _draw_use(
     """Something that is done with an attachment, if the actor has one that it can be done with."""
     wanted = {"write": "rw", "cow": "cow"}.get(action.kind)
     fitting = [one for one in attached if wanted in (None, one.mode)]
-    if not fitting or (action.kind == "fork" and plan.helpers_max):  # a child that is too many waits, and gives up
+    if not fitting or (action.kind == "fork" and plan.has_low_limit):  # a child that is too many waits, and gives up
         return None
     one = rng.choice(fitting)
     if action.kind == "leave":
@@ -262,7 +270,7 @@ def _draw_event(
     block = rng.choice([block for block in plan.blocks if not block.writable or kind != "helper"])
     if kind == "helper":
         # a pool of the standard library waits for ever for a worker that died of a lost page
-        forks = not plan.poison and not plan.helpers_max
+        forks = not plan.poison and not plan.has_low_limit
         programs = [program for program in HELPER_PROGRAMS if forks or program != "forking_pool"]
         return replace(action, block=block.name, order=rng.choice(programs))
     count = rng.randrange(1, HUGE_TOUCHES_MAX if plan.huge else TOUCHES_MAX)

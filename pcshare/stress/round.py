@@ -91,6 +91,8 @@ class Round:
                 self._coordinator = closing.enter_context(self._make())
             self._served = Served(self._coordinator, self._log, self._tally)
             closing.callback(self._served.close)
+            if self._plan.fds_spare is not None:
+                self._served.limit_fds(self._plan.fds_spare)
             self._troupe = Troupe(
                 self._served.socket,
                 world.blocks_argument(self._blocks),
@@ -99,7 +101,7 @@ class Round:
                 self._look,
                 self._arms,
             )
-            self._troupe.may_refuse = self._plan.helpers_max is not None
+            self._troupe.may_refuse = self._plan.has_low_limit
             closing.callback(self._troupe.close)
             try:
                 self._act()
@@ -453,7 +455,7 @@ class Round:
         if self._plan.ending in ("stopped", "killed"):
             self._end_under_helpers()
             return
-        if self._plan.helpers_max:
+        if self._plan.has_low_limit:
             self._leave()  # who verifies must not be one too many
         self._verify()
         if self._plan.ending == "leave":

@@ -83,7 +83,8 @@ def _where(drawn: plan.RoundPlan) -> str:
     kinds = f"{'2M' if drawn.huge else '4K'} pages, stream {drawn.stream}, {'poison' if drawn.poison else 'pause'}"
     if drawn.dies_at_steps:
         return f"round {drawn.number}"
-    return f"round {drawn.number}: {', '.join(block.name for block in drawn.blocks)}; {kinds}, {drawn.ending}"
+    limit = ", few helpers" if drawn.helpers_max else ", few fds" if drawn.fds_spare else ""
+    return f"round {drawn.number}: {', '.join(block.name for block in drawn.blocks)}; {kinds}{limit}, {drawn.ending}"
 
 
 def _line(tally: Tally, elapsed_s: float) -> str:

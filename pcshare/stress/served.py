@@ -7,6 +7,7 @@ helper and no block.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -69,6 +70,12 @@ class Served:
         self._expected_restarts = self._died_at_steps = 0
         self._changed_s = self._killed_s = -RESTART_LIMIT_S
         self._stopped: list[psutil.Process] = []
+
+    def limit_fds(self, spare: int) -> None:
+        """So many more than it has now, for it, its keeper and whoever comes after it."""
+        most = max(int(fd) for fd in os.listdir(f"/proc/{self.pid}/fd")) + 1 + spare
+        for process in (psutil.Process(self.pid), self.keeper):
+            process.rlimit(psutil.RLIMIT_NOFILE, (most, most))
 
     # -- what happens to it
 

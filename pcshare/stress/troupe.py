@@ -30,7 +30,8 @@ PROGRAM_LIMIT_S = 90.0  # a scan of a whole block, page by page
 ATTACH_LIMIT_S = 30  # of a program, across restarts
 PENDING_MAX = 6  # orders that an actor has not answered: its pipes never fill
 LOOK_PERIOD_S = 0.2
-TOO_MANY = "more are not allowed"  # what a program is told that is one too many
+# What a program is told that is one too many.
+TOO_MANY = ("more are not allowed", "the coordinator has no file descriptor left")
 
 # block: offset: what may be found there, as hex: what was written last and acknowledged and, where a writer died before
 # it said more, what it was told to write
@@ -256,7 +257,7 @@ class Troupe:
         code = program.process.returncode
         if (program.killed and code == -signal.SIGKILL) or (code == -signal.SIGBUS and self.may_lose):
             return
-        if code and self.may_refuse and TOO_MANY in complaint:
+        if code and self.may_refuse and any(text in complaint for text in TOO_MANY):
             self.tally.refusals += 1
         elif code or not report.get("ok"):
             self.tally.fail(f"{program.name} ended with {_ending(code)}: {complaint or report}")
