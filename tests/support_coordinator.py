@@ -26,7 +26,7 @@ import pytest
 
 import pcshare
 from pcshare.status import BlockStatus, StatusReport, read_status
-from pcshare.stress import stacks
+from pcshare.stress import resources, stacks
 from support import wait_until
 
 EXECUTABLES = Path(pcshare.__file__).parent / "_bin"
@@ -79,6 +79,7 @@ class Serving:
 
     def held(self) -> Held:
         serves, keeper = psutil.Process(self.pid), psutil.Process(self.process.pid)
+        resources.wait_until_asleep(keeper)
         below = keeper.children(recursive=True)
         names = [path.read_text().strip() for path in Path(f"/proc/{self.pid}/task").glob("*/comm")]
         threads = sum(name != READER_THREAD for name in names)

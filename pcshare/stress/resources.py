@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from dataclasses import dataclass
 
 import psutil
@@ -23,6 +24,7 @@ THREADS_PER_FILE = 18  # readers that a file's channel starts when it needs them
 USS_LEFT_BYTES = 16 << 20  # allocators keep what a busy time took: reading buffers, Python's arenas
 RSS_LEFT_BYTES = 24 << 20  # the same, and pages of libraries that were touched only now
 BUFFERS_KEPT = 16  # of one page each: one for each read that may be under way
+ASLEEP_LIMIT_S, LOOK_AGAIN_S = 10.0, 0.01
 KEEPER_BYTES = 4 << 20  # besides the pages that it placed, which count as its own
 
 
@@ -49,6 +51,14 @@ class Held:
                 rss=memory.rss,
                 uss=memory.uss,
             )
+
+
+def wait_until_asleep(keeper: psutil.Process) -> None:
+    """A coordinator that is ready has sent the keeper what it is to keep. The keeper runs until it has read that, and
+    sleeps only then; on a busy machine that takes a while."""
+    deadline_s = time.monotonic() + ASLEEP_LIMIT_S
+    while keeper.status() != psutil.STATUS_SLEEPING and time.monotonic() < deadline_s:
+        time.sleep(LOOK_AGAIN_S)
 
 
 def _sockets(pid: int) -> int:

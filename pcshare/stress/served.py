@@ -64,7 +64,7 @@ class Served:
         self.name, self.socket = coordinator.name, coordinator.socket
         self._coordinator, self._log, self._tally = coordinator, log, tally
         self.pid, self.keeper = report.pid, psutil.Process(report.keeper_pid)
-        _wait_until_asleep(self.keeper)
+        resources.wait_until_asleep(self.keeper)
         self.before = (Held.of(psutil.Process(self.pid)), Held.of(self.keeper))
         self._killed: set[int] = set()
         self._replacing: list[Replacing] = []
@@ -232,14 +232,6 @@ class Served:
         while (left := [pid for pid in (self.pid, self.keeper.pid) if _runs(pid)]) and time.monotonic() < deadline_s:
             time.sleep(ORDER_AGAIN_S)
         return left
-
-
-def _wait_until_asleep(keeper: psutil.Process) -> None:
-    """A coordinator that is ready has sent the keeper what it is to keep. The keeper runs until it has read that, and
-    sleeps only then; on a busy machine that takes a while."""
-    deadline_s = time.monotonic() + RESTART_LIMIT_S
-    while keeper.status() != psutil.STATUS_SLEEPING and time.monotonic() < deadline_s:
-        time.sleep(ORDER_AGAIN_S)
 
 
 def _runs(pid: int) -> bool:
