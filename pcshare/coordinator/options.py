@@ -8,6 +8,7 @@ from pcshare.sources import SOURCE_TIMEOUT_S, SourceSpec
 
 ORPHAN_TIMEOUT_S = 30.0  # long enough to start a coordinator again, short enough that nobody thinks of a hang
 HELPERS_MAX = 1024  # an fd or two each; the status segment has room for four times as many
+READ_AHEAD = 1 << 20
 STREAM_EAGER, STREAM_LAZY, STREAM_RATE, STREAM_PAUSED = range(4)  # STATUS_STREAM_* of core/status_segment.h
 
 
@@ -17,7 +18,8 @@ class Options:
 
     stream_mode is one of the STREAM_* above; fault_threads None: one for each of the first few
     CPUs; orphan_timeout_s 0: helpers wait for ever; source_timeout_s: with poison, how long a source may be away;
-    fault_timeout_s: how long a page that somebody waits for may take, 0: for ever; helpers_per_uid 0: any
+    fault_timeout_s: how long a page that somebody waits for may take, 0: for ever; read_ahead: how far a thread that
+    reads on is kept ahead of at most, 0: a fault brings its page alone; helpers_per_uid 0: any
     other user than its own and root has at most three quarters of helpers_max (HELPERS_KEPT_FOR_OTHERS)."""
 
     name: str
@@ -41,6 +43,7 @@ class Options:
     keeper_restarts: bool = True  # the keeper is our parent and starts us again; else it ends with us
     findable: bool = False  # its socket lies where all look, whoever may attach: it is not its starter's (--user)
     fault_timeout_s: float = 0.0
+    read_ahead: int = READ_AHEAD
     helpers_per_uid: int = 0
     strict: bool = False  # helpers register for MINOR faults too
 
