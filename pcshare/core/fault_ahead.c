@@ -3,8 +3,8 @@
  *
  * Where the source has its bytes at hand the fault thread brings them itself: a few with the faulted page, the rest
  * when everybody whose fault it has read is answered, and no more than others can wait for. What it cannot read at
- * once, or has no time for, the stream's thread asks for. What fails is forgotten: the block is paused, and a page is lost, only
- * for who has touched it. A source that pushes goes on by itself after the page that was asked for.
+ * once, or has no time for, the stream's thread asks for. What fails is forgotten: the block is paused, and a page is
+ * lost, only for who has touched it. A source that pushes goes on by itself after the page that was asked for.
  */
 #include "fault_internal.h"
 
