@@ -129,6 +129,11 @@ class FaultThreads:
         Before start."""
         lib.fault_threads_set_fault_timeout(self.pointer, max(1, round(timeout_s * 1000)) if timeout_s else 0)
 
+    def set_read_ahead(self, length: int) -> None:
+        """How many bytes a thread that reads on is kept ahead of at most; 0: a fault brings its page alone. Before
+        start."""
+        lib.fault_threads_set_read_ahead(self.pointer, length)
+
     def set_stream(self, mode: int, rate: int = 0) -> None:
         """mode: STATUS_STREAM_*; rate in bytes a second."""
         lib.fault_threads_set_stream(self.pointer, mode, rate)

@@ -124,8 +124,8 @@ class Coordinator:
     blocks: {block: source}, or "BLOCK=SOURCE" or "SOURCE" texts as on the command line. stream: "eager", "lazy",
     "paused", or bytes a second such as "200M". page_size: "4K", "2M", "auto", or bytes. exports: addresses on which the
     blocks are given out over NBD, a path with a "/", HOST:PORT, or :PORT of this host alone; the attribute has them as
-    bound.
-    keeper: whether a coordinator that is killed is started again. strict: each page is looked at before a helper reads
+    bound. keeper: whether a coordinator that is killed is started again. read_ahead: how far a thread that reads on is
+    kept ahead of, bytes or "1M", 0 or "off": not at all. strict: each page is looked at before a helper reads
     it. on_event is called in a thread of its own; for PROBE
     a text it returns, or an exception, is a veto with that reason.
     Errors: what the coordinator refused, as the class of pcshare.errors that fits.
@@ -153,6 +153,7 @@ class Coordinator:
         keeper: bool = True,
         helpers_max: int | None = None,
         fault_timeout_s: float = 0.0,
+        read_ahead: str | int = "1M",
         strict: bool = False,
     ) -> None:
         self.name = _unique_name() if name is None else runtime.check_name(name)
@@ -168,6 +169,7 @@ class Coordinator:
             f"--source-timeout={source_timeout_s:f}s",
             f"--notifier-timeout={notifier_timeout_s:f}s",
             f"--fault-timeout={fault_timeout_s:f}s",
+            f"--read-ahead={read_ahead}",
             *(f"--writable={block}" for block in _each(writable)),
             *(f"--allow-uid={uid}" for uid in allow_uid),
             *(f"--allow-gid={gid}" for gid in allow_gid),

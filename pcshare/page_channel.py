@@ -78,11 +78,22 @@ class NbdChannel:
     """The side of an NBD page channel that supplies connections. pointer goes to whoever reads through it, once, who
     frees it; close() lets go of it here, before or after."""
 
-    def __init__(self, *, size: int, alignment: int, length_max: int, reply_timeout_ms: int, server_count: int) -> None:
-        """size in bytes; alignment and length_max of one read, bytes; server_count: how many equivalents there are."""
+    def __init__(
+        self,
+        *,
+        size: int,
+        alignment: int,
+        length_max: int,
+        reply_timeout_ms: int,
+        server_count: int,
+        preferred: int = 0,
+    ) -> None:
+        """size in bytes; alignment and length_max of one read, bytes; server_count: how many equivalents there are;
+        preferred: what a server reads at a time at best, bytes; 0: not known."""
         settings = ffi.new("struct nbd_settings *")
         settings.size, settings.alignment, settings.length_max = size, alignment, length_max
         settings.reply_timeout_ms, settings.server_count = reply_timeout_ms, server_count
+        settings.preferred = preferred
         channel = ffi.new("struct page_channel **")
         self.pointer = _made(lib.page_channel_nbd_new(channel, settings), channel, "a page channel")
         self._is_open = True

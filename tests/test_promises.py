@@ -54,7 +54,7 @@ def test_helpers_are_served_while_the_coordinators_python_is_stopped(
     """P9: for two seconds one thread holds the GIL of the coordinator's process; faults and ranges are answered."""
     n_pages = 8000
     path = make_file(tmp_path, rng, n_pages * PAGE)
-    with serving(f"data={path}#delay=1ms", stream_mode=LAZY) as served:
+    with serving(f"data={path}#delay=1ms", stream_mode=LAZY, read_ahead=0) as served:
         toucher, ensurer = attached(served), attached(served)
         for helper in (toucher, ensurer):
             helper.do(f"content, stop = open({str(path)!r}, 'rb').read(), False")

@@ -9,7 +9,7 @@ import pytest
 
 from core_support import WAIT_S, compile_c
 
-CORE_FILES = ["waiters.c", "remote_fd.c", "remote_maps.c", "uffd.c"]
+CORE_FILES = ["waiters.c", "remote_fd.c", "remote_maps.c", "read_ahead.c", "uffd.c"]
 SANITIZERS = {"plain": None, "asan": "address,undefined", "tsan": "thread"}
 CASES = {
     "one_request_a_page": "D3, C5",

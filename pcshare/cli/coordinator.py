@@ -296,6 +296,7 @@ def _options(given: dict[str, Any]) -> Options:
         keeper_restarts=not given["no_keeper"],
         findable=given["user"] is not None,
         fault_timeout_s=given["fault_timeout"],
+        read_ahead=given["read_ahead"],
         helpers_per_uid=given["helpers_per_uid"] or 0,
         strict=given["strict"],
         **more,

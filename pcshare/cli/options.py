@@ -30,6 +30,7 @@ STREAM_MODES = {"eager": 0, "lazy": 1, "rate": 2, "paused": 3}
 
 PAGE_SIZES = (4 << 10, 2 << 20)
 PAGE_SIZE_AUTO = 0  # as in coordinator/options.py, without loading it; a test compares them
+READ_AHEAD_MIN, READ_AHEAD_MAX = 4 << 10, 64 << 20  # more is an eager stream
 FAULT_THREADS_MAX = 64  # as in core/fault_thread.h
 EXIT_SIGNAL = 128
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -74,6 +75,17 @@ def parse_page_size(text: str) -> int:
     return size
 
 
+def parse_read_ahead(text: str) -> int:
+    """What --read-ahead says: bytes, or 0 for off."""
+    try:
+        size = 0 if text == "off" else units.parse_size(text)
+    except errors.UsageError:
+        size = -1
+    if size and not READ_AHEAD_MIN <= size <= READ_AHEAD_MAX:
+        raise errors.UsageError(f"not a length to read ahead: {text!r}", hint="use 4K to 64M, or off (0) for none")
+    return size
+
+
 def _parse_user(text: str) -> Account:
     from pcshare.account import parse_account
 
@@ -84,6 +96,7 @@ STREAM = _Parsed("stream", parse_stream)
 RATE = _Parsed("rate", units.parse_rate)
 SIZE = _Parsed("size", units.parse_size)
 PAGE_SIZE = _Parsed("size", parse_page_size)
+READ_AHEAD = _Parsed("size", parse_read_ahead)
 DURATION = _Parsed("duration", units.parse_duration)
 NAME = _Parsed("name", runtime.check_name)
 USER = _Parsed("user", _parse_user)
@@ -167,6 +180,14 @@ _SERVING = (
         "poison, the page is lost; 0: for ever.",
     ),
     click.option(
+        "--read-ahead",
+        type=READ_AHEAD,
+        default="1M",
+        show_default=True,
+        metavar="SIZE|off",
+        help="How far a thread that reads on is kept ahead of at most; off or 0: a fault brings its page alone.",
+    ),
+    click.option(
         "--strict",
         is_flag=True,
         help="Look at each page before a helper reads it: finds foreign pages in time, costs a fault for each page.",
@@ -177,7 +198,7 @@ _SERVING = (
 def coordinator_options(function: Decorated) -> Decorated:
     """The options of whoever starts a coordinator: stream, page_size, writable, on_source_loss, source_timeout (s),
     allow_uid, allow_gid, fault_threads, orphan_timeout (s), device_state, notifier_timeout (s), fault_timeout (s),
-    strict."""
+    read_ahead (bytes), strict."""
     for option in reversed(_SERVING):
         function = option(function)
     return function

@@ -9,6 +9,7 @@ from pcshare.sources import SOURCE_TIMEOUT_S, SourceSpec
 ORPHAN_TIMEOUT_S = 30.0  # long enough to start a coordinator again, short enough that nobody thinks of a hang
 HELPERS_MAX = 1024  # an fd or two each; the status segment has room for four times as many
 PAGE_SIZE_AUTO = 0  # huge pages where there are enough, else the host's own
+READ_AHEAD = 1 << 20
 STREAM_EAGER, STREAM_LAZY, STREAM_RATE, STREAM_PAUSED = range(4)  # STATUS_STREAM_* of core/status_segment.h
 
 
@@ -18,7 +19,8 @@ class Options:
 
     stream_mode is one of the STREAM_* above; page_size may be PAGE_SIZE_AUTO; fault_threads None: as many as the
     machine calls for; orphan_timeout_s 0: helpers wait for ever; source_timeout_s: with poison, how long a source may
-    be away; fault_timeout_s: how long a page that somebody waits for may take, 0: for ever; helpers_per_uid 0: any
+    be away; fault_timeout_s: how long a page that somebody waits for may take, 0: for ever; read_ahead: how far a
+    thread that reads on is kept ahead of at most, 0: a fault brings its page alone; helpers_per_uid 0: any
     other user than its own and root has at most three quarters of helpers_max (HELPERS_KEPT_FOR_OTHERS)."""
 
     name: str
@@ -42,6 +44,7 @@ class Options:
     keeper_restarts: bool = True  # the keeper is our parent and starts us again; else it ends with us
     findable: bool = False  # its socket lies where all look, whoever may attach: it is not its starter's (--user)
     fault_timeout_s: float = 0.0
+    read_ahead: int = READ_AHEAD
     helpers_per_uid: int = 0
     strict: bool = False  # helpers register for MINOR faults too
 

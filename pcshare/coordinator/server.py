@@ -222,6 +222,7 @@ class Server:
         self._closing.callback(self.fault_threads.close)
         self._closing.callback(self.blocks.close)
         self.fault_threads.set_fault_timeout(options.fault_timeout_s)
+        self.fault_threads.set_read_ahead(options.read_ahead)
         self.fault_threads.hold_stream()  # not before every block is there; we may yet die on the way
         if before is None:
             self.fault_threads.start(_cpus(options.fault_threads))

@@ -4,7 +4,8 @@
  * filled its queue, and another's one page would wait behind a thousand. So each helper has a few pages at a source and
  * keeps the rest to itself: whoever else faults waits behind a few. Asks in the order of the helper's faults; what has
  * come by another way meanwhile is not asked for. What is late gives its place up: a few pages that hang keep no other
- * page of the helper's from coming.
+ * page of the helper's from coming. Where a source reads more than a page in any case, the pages around are asked for
+ * with it, and forgotten if that fails: then the page is asked for alone.
  */
 #include "fault_internal.h"
 
@@ -21,6 +22,8 @@ struct demand {
     struct fault_threads *ft;
     struct served_block *served;
     uint32_t asker; /* the remote fd whose fault it is */
+    uint64_t page;  /* where it is; the request may be for more */
+    int is_claimed; /* what it asks for is marked requested */
     uint8_t bytes[];
 };
 
@@ -222,29 +225,112 @@ static void demand_ended(struct fault_threads *ft, uint32_t asker, int had_place
     remote_fd_put(remote);
 }
 
+/* The pages around it may not find room where it does. */
+static int place_answer(struct demand *demand, uint64_t *placedp)
+{
+    struct page_request *request = &demand->request;
+    struct ramblock *block = demand->served->block;
+    uint64_t placed_alone;
+
+    memset(request->bytes + request->length, 0, request->n_pages * block->page_size - request->length);
+    int rc = ramblock_place(block, request->page, request->n_pages, request->bytes, placedp);
+    if (rc < 0 && request->n_pages > 1) {
+        const uint8_t *bytes = request->bytes + (demand->page - request->page) * block->page_size;
+        rc = ramblock_place(block, demand->page, 1, bytes, &placed_alone);
+        *placedp += placed_alone;
+    }
+    return rc;
+}
+
+static void give_back_claim(struct demand *demand)
+{
+    if (demand->is_claimed)
+        stream_give_back(demand->ft, demand->served->block, demand->request.page, demand->request.n_pages);
+    demand->is_claimed = 0;
+}
+
+/* What became of a demand: the page is placed, or it failed. */
+static void page_answered(struct demand *demand, int result)
+{
+    struct fault_threads *ft = demand->ft;
+    struct page_request *request = &demand->request;
+    uint64_t placed = 0;
+
+    result = checked_result(demand->served->block, request, result);
+    if (result == PAGE_CHANNEL_ARRIVED) {
+        credit_helper(ft, demand->asker, 1);
+    } else if (result == 0) {
+        result = place_answer(demand, &placed);
+        give_back_claim(demand);
+        credit_helper(ft, demand->asker, placed > 0);
+        if (result < 0)
+            page_failed(ft, demand->served, demand->page, -result, EVENT_BLOCK_PLACE_ERROR);
+        after_bringing(ft, demand->served, demand->page, request->page, request->n_pages, placed);
+    } else if (result != -ECANCELED) {
+        give_back_claim(demand);
+        page_failed(ft, demand->served, demand->page, -result, EVENT_BLOCK_SOURCE_ERROR);
+    }
+}
+
+static void demand_done(struct page_request *request, int result);
+
+static void submit(struct demand *demand, uint64_t first, uint64_t n)
+{
+    struct ramblock *block = demand->served->block;
+
+    demand->request = (struct page_request){.offset = first * block->page_size,
+                                            .length = source_length(block, first, n),
+                                            .bytes = demand->bytes,
+                                            .is_demand = 1,
+                                            .done = demand_done,
+                                            .owner = demand,
+                                            .block_index = block->index,
+                                            .page = first,
+                                            .n_pages = n};
+    page_channel_submit(demand->served->channel, &demand->request);
+}
+
 static void demand_done(struct page_request *request, int result)
 {
     struct demand *demand = request->owner;
     struct fault_threads *ft = demand->ft;
     uint32_t asker = demand->asker;
 
+    if (result < 0 && result != -ECANCELED && request->n_pages > 1) { /* for a page, perhaps, that nobody waits for */
+        give_back_claim(demand);
+        submit(demand, demand->page, 1);
+        return;
+    }
     pthread_mutex_lock(&ft->demands_lock);
     int had_place = unlink_demand(ft, demand); /* no longer, if it was late */
     pthread_mutex_unlock(&ft->demands_lock);
-    page_answered(ft, demand->served, request, asker, result);
+    page_answered(demand, result);
     free(demand);
     if (__atomic_sub_fetch(&ft->demand_in_flight, 1, __ATOMIC_ACQ_REL) == 0)
         stream_poke(ft);
     demand_ended(ft, asker, had_place, result == -ECANCELED); /* then its channel goes away: nothing more is asked */
 }
 
+/* What is late may be long in coming: a helper that waits for that gets no more than it has touched. */
+static int has_late(struct fault_threads *ft, const struct remote_fd *remote)
+{
+    pthread_mutex_lock(&ft->demands_lock);
+    uint32_t n_late = remote->demands.n_late;
+    pthread_mutex_unlock(&ft->demands_lock);
+    return n_late > 0;
+}
+
 void demand_ask(struct fault_threads *ft, struct remote_fd *remote, uint64_t page)
 {
     struct served_block *served = served_block_of(ft, remote->block);
     struct ramblock *block = remote->block;
-    struct demand *demand = malloc(sizeof(*demand) + block->page_size);
+    uint64_t first = page, n_claimed = has_late(ft, remote) ? 0 : ahead_claim_around(ft, block, page, &first);
+    uint64_t n = n_claimed ? n_claimed : 1;
+    struct demand *demand = malloc(sizeof(*demand) + n * block->page_size);
 
     if (!demand) {
+        if (n_claimed)
+            stream_give_back(ft, block, first, n_claimed);
         give_back_place(ft, remote);
         page_failed(ft, served, page, ENOMEM, EVENT_BLOCK_PLACE_ERROR);
         return;
@@ -252,18 +338,11 @@ void demand_ask(struct fault_threads *ft, struct remote_fd *remote, uint64_t pag
     demand->ft = ft;
     demand->served = served;
     demand->asker = remote->id;
-    demand->request = (struct page_request){.offset = page * block->page_size,
-                                            .length = source_length(block, page, 1),
-                                            .bytes = demand->bytes,
-                                            .is_demand = 1,
-                                            .done = demand_done,
-                                            .owner = demand,
-                                            .block_index = block->index,
-                                            .page = page,
-                                            .n_pages = 1};
+    demand->page = page;
+    demand->is_claimed = n_claimed > 0;
     link_demand(ft, demand);
     __atomic_fetch_add(&ft->demand_in_flight, 1, __ATOMIC_ACQ_REL);
-    page_channel_submit(served->channel, &demand->request);
+    submit(demand, first, n);
 }
 
 void demand_queue_page(struct fault_threads *ft, struct remote_fd *remote, uint64_t page)

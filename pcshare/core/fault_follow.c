@@ -155,6 +155,7 @@ void follow_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t
         goes_on = follow_once(worker, remote, UFFD_READ_MAX);
     if (worker->is_put_off)
         (void)uffd_wake_all(remote->uffd);
+    ahead_bring(worker, remote);
 }
 
 int fault_threads_keep_maps(struct fault_threads *ft, int maps_fd)

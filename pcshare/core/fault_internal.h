@@ -2,9 +2,10 @@
  * core.
  *
  * Files: fault_thread.c (threads and what they poll), fault_set.c (adding, finding, removing), request.c (a fault's way
- * to its page), demand.c (what faults ask of sources), fault_timeout.c (what takes too long), fault_follow.c (what a
- * writable helper does to its mapping), fault_home.c (which of them answers), stream.c (all that is asked for without a
- * fault), fault_control.c (messages of attached helpers), fault_event.c (what Python is told).
+ * to its page), fault_ahead.c (what it brings besides), demand.c (what faults ask of sources), fault_timeout.c (what
+ * takes too long), fault_follow.c (what a writable helper does to its mapping), fault_home.c (which of them answers),
+ * stream.c (all that is asked for without a fault), fault_control.c (messages of attached helpers), fault_event.c (what
+ * Python is told).
  */
 #ifndef PCSHARE_FAULT_INTERNAL_H
 #define PCSHARE_FAULT_INTERNAL_H
@@ -48,6 +49,13 @@ struct served_block {
     uint64_t late_offset;
 };
 
+/* Pages [start, end). */
+struct ahead_span {
+    uint64_t start, end;
+};
+
+struct read_ahead_plan;
+
 struct fault_worker {
     struct fault_threads *ft;
     pthread_t thread;
@@ -59,6 +67,8 @@ struct fault_worker {
     int is_put_off;  /* follow_uffd's: a fault was left unanswered, since its helper's address space is changing */
     int is_answered; /* and another was not: it no longer is */
     uint8_t *staging; /* one page of the largest size */
+    struct ahead_span ahead[UFFD_READ_MAX]; /* fault_ahead.c's: of one remote fd, to be brought after its faults */
+    uint32_t n_ahead;
 };
 
 struct fault_threads {
@@ -85,6 +95,7 @@ struct fault_threads {
     struct demand *demands_head;  /* asked for because of faults, and not late: the oldest first */
     struct demand *demands_tail;
     uint64_t fault_timeout_ns; /* 0: never */
+    uint64_t read_ahead_bytes; /* 0: none */
     uint64_t next_look_ns;     /* the stream's thread's */
     int maps_fd; /* struct kept_maps after struct kept_maps; -1: nobody wants them */
 
@@ -104,6 +115,8 @@ void stop_polling_control(struct fault_threads *ft, struct remote_fd *remote);
 void disable_remote(struct fault_threads *ft, struct remote_fd *remote, int error, uint64_t addr);
 /* Returns when no worker holds on to what it saw before: each has been at the top of its loop. */
 void wait_for_workers(struct fault_threads *ft);
+/* Whether something waits for the worker, other than what this remote fd's uffd says. */
+int worker_is_wanted(const struct fault_worker *worker, const struct remote_fd *remote);
 
 /* fault_set.c */
 struct remote_fd *remote_by_id(struct fault_threads *ft, uint32_t id); /* counted; NULL: gone */
@@ -122,13 +135,35 @@ int polls_anywhere(const struct fault_worker *worker);
 /* A thread of the helper has faulted and been answered: now and then looks where it runs. */
 void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid);
 
+/* fault_ahead.c */
+/* Notes a fault on a missing page: what is to be brought besides it. */
+void ahead_plan(struct fault_threads *ft, struct remote_fd *remote, uint64_t page, uint32_t tid,
+                struct read_ahead_plan *plan);
+/* How many pages from the faulted one on are to be read and placed at once, if they are at hand. */
+uint64_t ahead_with(const struct ramblock *block, uint64_t page, const struct read_ahead_plan *plan);
+/* The rest of the plan: left for ahead_bring, or asked for. */
+void ahead_begin(struct fault_threads *ft, struct fault_worker *worker, struct remote_fd *remote,
+                 const struct read_ahead_plan *plan, int is_at_hand);
+/* All faults that were read with those of the plans are answered: brings what was left. */
+void ahead_bring(struct fault_worker *worker, struct remote_fd *remote);
+/* What is to be asked for with the page, since the source reads it in any case, is marked requested: how many pages
+ * from *firstp on; 0: nothing is, and the page is asked for alone. */
+uint64_t ahead_claim_around(struct fault_threads *ft, struct ramblock *block, uint64_t page, uint64_t *firstp);
+
 /* request.c */
 void request_shared_page(struct fault_threads *ft, struct fault_worker *worker, struct remote_fd *remote, uint64_t page,
                          uint32_t tid);
+enum { NOT_AT_HAND = 2 }; /* beside RAMBLOCK_PLACED and RAMBLOCK_PRESENT */
+/* Places n pages that are no holes if the source can read them at once; as ramblock_place, or NOT_AT_HAND. */
+int place_at_hand(struct fault_worker *worker, struct served_block *served, uint64_t page, uint64_t n,
+                  uint64_t *placedp);
 /* Who waited is woken, ranges advance, completion is told. kind: whose counter the pages go to. */
 enum { PLACED_DEMAND = 1, PLACED_STREAM = 2, REMOVED = 3 };
 void after_placing(struct fault_threads *ft, struct served_block *served, uint64_t page, uint64_t n, uint64_t placed,
                    int kind);
+/* The same for n pages from first on of which one was demanded; that one goes first. */
+void after_bringing(struct fault_threads *ft, struct served_block *served, uint64_t demanded, uint64_t first,
+                    uint64_t n, uint64_t placed);
 /* Lifts the poison marks of pages that are received by now. */
 void lift_poison(struct fault_threads *ft, struct ramblock *block, uint64_t page, uint64_t n);
 /* Pages came because this helper asked. It may be gone by now. */
@@ -144,9 +179,6 @@ void lose_page(struct fault_threads *ft, struct served_block *served, uint64_t p
 int checked_result(const struct ramblock *block, const struct page_request *request, int result);
 /* How many bytes of [page, page + n) the source holds; the rest of the last page is zeros. */
 uint64_t source_length(const struct ramblock *block, uint64_t page, uint64_t n);
-/* What became of a demand: the page is placed, or it failed. */
-void page_answered(struct fault_threads *ft, struct served_block *served, struct page_request *request,
-                   uint32_t asker, int result);
 /* The page did not come: whoever waits goes on waiting, visibly, or is told by a poison mark. */
 void page_failed(struct fault_threads *ft, struct served_block *served, uint64_t page, int error, uint32_t kind);
 

@@ -139,6 +139,7 @@ static void handle_uffd(struct fault_worker *worker, struct remote_fd *remote, u
         disable_remote(worker->ft, remote, -n, 0);
     for (int i = 0; i < n; i++)
         handle_fault_message(worker, remote, &messages[i]);
+    ahead_bring(worker, remote);
     if (n > 0)
         home_note_fault(worker->ft, remote, messages[n - 1].tid);
 }
@@ -173,6 +174,17 @@ static void dispatch(struct fault_worker *worker, const struct epoll_event *even
         (void)epoll_ctl(worker->epoll_fd, EPOLL_CTL_DEL, kind == POLL_UFFD ? remote->uffd : remote->control, NULL);
     }
     remote_fd_put(remote);
+}
+
+int worker_is_wanted(const struct fault_worker *worker, const struct remote_fd *remote)
+{
+    struct epoll_event events[2]; /* one of them may be this remote fd's */
+    int n = epoll_wait(worker->epoll_fd, events, 2, 0);
+
+    for (int i = 0; i < n; i++)
+        if (events[i].data.u64 != ((uint64_t)POLL_UFFD << POLL_KIND_SHIFT | remote->id))
+            return 1;
+    return 0;
 }
 
 /* ---- workers ---- */

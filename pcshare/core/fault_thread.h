@@ -107,6 +107,9 @@ void fault_threads_hold_stream(struct fault_threads *ft);
 /* How long a page that somebody waits for may take; 0: for ever. Then who waits goes on waiting and EVENT_BLOCK_LATE
  * tells; with SOURCE_LOSS_POISON the page is lost too, until it comes after all. Before the threads are started. */
 void fault_threads_set_fault_timeout(struct fault_threads *ft, uint64_t timeout_ms);
+/* How many bytes a thread that reads on is kept ahead of at most; 0: a fault brings its page alone, and not what lies
+ * around it either. Before the threads are started. */
+void fault_threads_set_read_ahead(struct fault_threads *ft, uint64_t bytes);
 /* Asks a failed source again: outstanding pages, late pages, lost pages, the stream's gaps. */
 int fault_threads_resume_block(struct fault_threads *ft, uint32_t block_index);
 

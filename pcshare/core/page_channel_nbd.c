@@ -717,7 +717,10 @@ int page_channel_nbd_new(struct page_channel **channelp, const struct nbd_settin
                                        .stream_piece_bytes = NBD_STREAM_PIECE_BYTES,
                                        .stream_piece_count = NBD_STREAM_PIECES,
                                        .stream_piece_count_demand = NBD_STREAM_PIECES_NEAR,
-                                       .demands_of_one = NBD_DEMANDS_OF_ONE_NEAR};
+                                       .demands_of_one = NBD_DEMANDS_OF_ONE_NEAR,
+                                       .around_bytes = settings->preferred < PAGE_CHANNEL_AROUND_BYTES_MAX
+                                                           ? settings->preferred
+                                                           : PAGE_CHANNEL_AROUND_BYTES_MAX};
     c->settings = *settings;
     c->n_owners = 1;
     c->wake_fd = c->event_fd = c->epoll_fds[NBD_PRIMARY] = c->epoll_fds[NBD_DEMAND] = -1;

@@ -25,6 +25,7 @@ struct nbd_settings {
     uint64_t size;             /* of the export, bytes; what a request wants beyond it is an error */
     uint32_t alignment;        /* offsets and lengths of reads are multiples of it; the size's end apart */
     uint32_t length_max;       /* of one read */
+    uint32_t preferred;        /* what the server reads at a time at best, bytes; 0: not known */
     uint32_t reply_timeout_ms; /* a connection that owes replies and says nothing for so long is lost */
     uint32_t server_count;     /* equivalents: a read that one refuses is asked of so many before it fails */
 };

@@ -540,6 +540,26 @@ uint64_t ramblock_claim_missing(struct ramblock *b, uint64_t start, uint64_t end
     return n;
 }
 
+static int claim_one(struct ramblock *b, uint64_t page)
+{
+    return ramblock_next_missing(b, page, page + 1) == page && !bitmap_test_and_set(b->requested, page);
+}
+
+uint64_t ramblock_claim_around(struct ramblock *b, uint64_t page, uint64_t start, uint64_t end, uint64_t *firstp)
+{
+    uint64_t first = page, last = page + 1;
+
+    *firstp = page;
+    if (bitmap_test_and_set(b->requested, page))
+        return 0;
+    while (first > start && claim_one(b, first - 1))
+        first--;
+    while (last < end && claim_one(b, last))
+        last++;
+    *firstp = first;
+    return last - first;
+}
+
 /* ---- placing ---- */
 
 static void set_received(struct ramblock *b, uint64_t page)

@@ -101,6 +101,10 @@ uint64_t ramblock_next_missing(const struct ramblock *b, uint64_t start, uint64_
  * most; returns the count and marks them requested. 0: none. */
 uint64_t ramblock_claim_missing(struct ramblock *b, uint64_t start, uint64_t end, uint64_t max, uint64_t *firstp);
 
+/* Marks the page requested, and those of [start, end) around it that are missing, not requested and touch it. How
+ * many from *firstp on; 0: the page is requested already. */
+uint64_t ramblock_claim_around(struct ramblock *b, uint64_t page, uint64_t start, uint64_t end, uint64_t *firstp);
+
 /* Places n_pages from bytes. Pages that are received or being placed are left alone. *placed_pagesp counts those placed
  * now. On a negative errno the pages before the failing one are placed; -ENOSPC: the status segment has no room for
  * their bits. A foreign page is counted, and repaired in a read-only block. */

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+#include "read_ahead.h"
 #include "remote_fd.h"
 #include "remote_maps.h"
 #include "uffd.h"
@@ -56,9 +57,13 @@ int remote_fd_new(struct remote_fd **rp, struct ramblock *block, int uffd, int c
     *rp = NULL;
     if (maps_are_valid(maps, n_maps, block)) {
         r = calloc(1, sizeof(*r));
-        rc = r ? remote_maps_new(&r->maps, maps, n_maps, block->page_size) : -ENOMEM;
+        rc = r ? read_ahead_new(&r->ahead) : -ENOMEM;
     }
+    if (rc == 0)
+        rc = remote_maps_new(&r->maps, maps, n_maps, block->page_size);
     if (rc < 0) {
+        if (r)
+            read_ahead_free(r->ahead);
         free(r);
         close_fds(uffd, control);
         return rc;
@@ -92,6 +97,7 @@ void remote_fd_put(struct remote_fd *r)
         free(first);
     }
     remote_maps_free(r->maps);
+    read_ahead_free(r->ahead);
     free(r);
 }
 

@@ -34,6 +34,7 @@ struct remote_map {
 };
 
 struct remote_maps;
+struct read_ahead;
 
 struct remote_fd {
     int32_t references;
@@ -47,6 +48,7 @@ struct remote_fd {
     uint32_t requests_in_flight; /* ranges that it waits for */
     uint32_t hints_in_flight;    /* ranges that it prefetches */
     struct demand_queue demands; /* pages because it faulted */
+    struct read_ahead *ahead;    /* where its threads read on */
     uint64_t range_turn;         /* the stream's: when a range of it had its last piece */
     struct ramblock *block;
     struct remote_maps *maps;

@@ -12,11 +12,11 @@
 #include <string.h>
 
 #include "bitmap.h"
+#include "read_ahead.h"
 #include "thread.h"
 #include "trace.h"
 #include "uffd.h"
 
-enum { NOT_AT_HAND = 2 };                                    /* beside RAMBLOCK_PLACED and RAMBLOCK_PRESENT */
 enum { TOLD_RECEIVED = 1, TOLD_BEFORE = 2, TOLD_ASKED = 0 }; /* details of TRACE_REQUEST_SHARED */
 enum { PROGRESS_STEPS = 256 };
 enum { LIFT_TRIES_MAX = 1000 };       /* EAGAIN in a row: the helper's thread whose event was read has not run yet */
@@ -245,6 +245,18 @@ void after_placing(struct fault_threads *ft, struct served_block *served, uint64
     tell_progress(ft, served);
 }
 
+void after_bringing(struct fault_threads *ft, struct served_block *served, uint64_t demanded, uint64_t first,
+                    uint64_t n, uint64_t placed)
+{
+    int is_here = ramblock_is_received(served->block, demanded); /* else who is placing it tells */
+    uint64_t placed_demand = is_here && placed;
+
+    if (is_here)
+        after_placing(ft, served, demanded, 1, placed_demand, PLACED_DEMAND);
+    if (n > 1)
+        after_placing(ft, served, first, n, placed - placed_demand, PLACED_STREAM);
+}
+
 /* Of pages that another thread is placing at this moment that thread tells. */
 static void after_pushing(struct fault_threads *ft, struct served_block *served, uint64_t page, uint64_t end,
                           uint64_t placed, int kind)
@@ -285,7 +297,7 @@ int checked_result(const struct ramblock *block, const struct page_request *requ
     return result == PAGE_CHANNEL_ARRIVED && ramblock_next_missing(block, request->page, end) < end ? -EPROTO : result;
 }
 
-/* ---- answers ---- */
+/* ---- a page that does not come ---- */
 
 /* The page did not come: whoever waits goes on waiting, visibly, or is told by a poison mark. */
 void page_failed(struct fault_threads *ft, struct served_block *served, uint64_t page, int error, uint32_t kind)
@@ -302,47 +314,41 @@ void page_failed(struct fault_threads *ft, struct served_block *served, uint64_t
     tell_block(ft, served, kind, error, page * served->block->page_size);
 }
 
-void page_answered(struct fault_threads *ft, struct served_block *served, struct page_request *request,
-                   uint32_t asker, int result)
-{
-    struct ramblock *block = served->block;
-    uint64_t placed = 0;
-
-    result = checked_result(block, request, result);
-    if (result == PAGE_CHANNEL_ARRIVED) {
-        credit_helper(ft, asker, 1);
-    } else if (result == 0) {
-        memset(request->bytes + request->length, 0, block->page_size - request->length);
-        result = ramblock_place(block, request->page, 1, request->bytes, &placed);
-        credit_helper(ft, asker, placed);
-        if (result >= 0)
-            after_placing(ft, served, request->page, 1, placed, PLACED_DEMAND);
-        else
-            page_failed(ft, served, request->page, -result, EVENT_BLOCK_PLACE_ERROR);
-    } else if (result != -ECANCELED) {
-        page_failed(ft, served, request->page, -result, EVENT_BLOCK_SOURCE_ERROR);
-    }
-}
-
 /* ---- a fault ---- */
 
-/* Places the page if that takes no waiting: a hole, or what the source can read at once. */
-static int place_now(struct fault_worker *worker, struct served_block *served, uint64_t page, uint64_t *placedp)
+int place_at_hand(struct fault_worker *worker, struct served_block *served, uint64_t page, uint64_t n,
+                  uint64_t *placedp)
 {
     struct ramblock *block = served->block;
-    uint64_t length = source_length(block, page, 1);
+    uint64_t length = source_length(block, page, n);
 
     *placedp = 0;
+    int rc = page_channel_read_now(served->channel, worker->staging, length, page * block->page_size);
+    if (rc != PAGE_CHANNEL_DONE)
+        return NOT_AT_HAND; /* an error too: asked the slow way, it is told in one place */
+    memset(worker->staging + length, 0, n * block->page_size - length);
+    return ramblock_place(block, page, n, worker->staging, placedp);
+}
+
+/* Places the page if that takes no waiting: a hole, or what the source can read at once. With it n pages in all, if
+ * nothing is in the way of those. */
+static int place_now(struct fault_worker *worker, struct served_block *served, uint64_t page, uint64_t n,
+                     uint64_t *placedp)
+{
+    struct ramblock *block = served->block;
+    uint64_t placed_alone;
+
     if (ramblock_is_hole(block, page)) {
         int rc = ramblock_place_zero(block, page);
         *placedp = rc == RAMBLOCK_PLACED;
         return rc;
     }
-    int rc = page_channel_read_now(served->channel, worker->staging, length, page * block->page_size);
-    if (rc != PAGE_CHANNEL_DONE)
-        return NOT_AT_HAND; /* an error too: asked the slow way, it is told in one place */
-    memset(worker->staging + length, 0, block->page_size - length);
-    return ramblock_place(block, page, 1, worker->staging, placedp);
+    int rc = place_at_hand(worker, served, page, n, placedp);
+    if (n > 1 && (rc == NOT_AT_HAND || rc < 0)) {
+        rc = place_at_hand(worker, served, page, 1, &placed_alone);
+        *placedp += placed_alone;
+    }
+    return rc;
 }
 
 /* A helper that waits for more pages than it may is cut off, not one whose pages came by another way and only stand in
@@ -457,25 +463,32 @@ static void count_fault(struct fault_threads *ft, struct remote_fd *remote)
     __atomic_fetch_add(&remote->status->faults, 1, __ATOMIC_RELAXED);
 }
 
-/* A page that nobody has received yet: at hand, or waited for. */
+/* A page that nobody has received yet: at hand, or waited for; and what its thread will touch next. */
 static void bring_page(struct fault_threads *ft, struct fault_worker *worker, struct served_block *served,
                        struct remote_fd *remote, uint64_t page, uint32_t tid, uint64_t now_ns)
 {
+    struct read_ahead_plan plan;
     uint64_t placed;
-    int rc = place_now(worker, served, page, &placed);
 
-    credit_helper(ft, remote->id, placed);
-    if (rc == RAMBLOCK_PLACED) {
+    ahead_plan(ft, remote, page, tid, &plan);
+    uint64_t n = ahead_with(served->block, page, &plan);
+    int rc = place_now(worker, served, page, n, &placed);
+    int is_at_hand = rc != NOT_AT_HAND;
+
+    credit_helper(ft, remote->id, placed > 0);
+    if (rc == RAMBLOCK_PLACED && ramblock_is_received(served->block, page)) {
         wake_remote(remote, page);
         record_blocktime(ft, remote, now_ns);
     } else {
-        int what = rc == NOT_AT_HAND ? WAIT_ASKS : rc < 0 ? WAIT_RESUMES : WAIT_JOINS;
+        int what = !is_at_hand ? WAIT_ASKS : rc < 0 ? WAIT_RESUMES : WAIT_JOINS;
         wait_for_page(ft, served, remote, page, tid, now_ns, what);
     }
     if (rc < 0)
         page_failed(ft, served, page, -rc, EVENT_BLOCK_PLACE_ERROR);
-    else if (ramblock_is_received(served->block, page)) /* placed, or met as a foreign page */
-        after_placing(ft, served, page, 1, placed, PLACED_DEMAND);
+    if (is_at_hand) /* placed, or met as a foreign page */
+        after_bringing(ft, served, page, page, n, placed);
+    if (rc >= 0)
+        ahead_begin(ft, worker, remote, &plan, is_at_hand);
 }
 
 void request_shared_page(struct fault_threads *ft, struct fault_worker *worker, struct remote_fd *remote, uint64_t page,

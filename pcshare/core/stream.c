@@ -186,6 +186,7 @@ static int claim_for_range(struct fault_threads *ft, struct stream_piece *piece,
         piece->request.n_pages = n;
         piece->kind = range->wait ? PLACED_DEMAND : PLACED_STREAM;
         piece->asker = range->wait && range->remote ? range->remote->id : 0;
+        piece->is_ahead = range->is_ahead;
         if (range->remote)
             range->remote->range_turn = ++s->turn;
     }
@@ -248,6 +249,7 @@ static int claim_for_background(struct fault_threads *ft, struct stream_piece *p
             piece->request.n_pages = n;
             piece->kind = PLACED_STREAM;
             piece->asker = 0;
+            piece->is_ahead = 0;
             return ISSUED;
         }
         if (!over)
@@ -347,6 +349,10 @@ static void piece_failed(struct fault_threads *ft, struct stream_piece *piece, i
     uint64_t page = piece->request.page, end = page + piece->request.n_pages;
 
     trace_point(TRACE_SOURCE_ERROR, piece->block->index, 0, page, (uint64_t)error);
+    if (piece->is_ahead) { /* a touch that comes all the same asks, and is told */
+        stream_give_back(ft, piece->block, page, end - page);
+        return;
+    }
     bitmap_clear_range(piece->block->requested, page, end);
     if (ramblock_next_missing(piece->block, page, end) == end)
         return; /* all of it came by another way */

@@ -32,6 +32,7 @@ struct stream_piece {
     int result;
     int kind;       /* PLACED_DEMAND if somebody waits for a range, else PLACED_STREAM */
     uint32_t asker; /* the remote fd that waits; 0: nobody in particular */
+    int is_ahead;   /* nobody asked for these pages: if they fail they are forgotten */
     uint64_t asked_ns;
     int late; /* that took too long, which has been told */
 };
@@ -66,6 +67,11 @@ void stream_set(struct fault_threads *ft, uint32_t mode, uint64_t rate);
 /* remote may be NULL. -ENOMEM. */
 int stream_add_range(struct fault_threads *ft, struct ramblock *block, uint64_t start, uint64_t end,
                      struct remote_fd *remote, uint32_t cookie, int wait);
+/* Pages that a thread of the remote fd will touch if it goes on as it does. Nobody hears if they do not come. */
+void stream_add_ahead(struct fault_threads *ft, struct remote_fd *remote, uint64_t start, uint64_t end);
+/* Pages that were marked requested are no longer: who waits in a range for those that have not come asks for them
+ * itself. */
+void stream_give_back(struct fault_threads *ft, struct ramblock *block, uint64_t page, uint64_t n);
 /* The background goes on after this page. */
 void stream_follow(struct fault_threads *ft, const struct ramblock *block, uint64_t page);
 /* Pages were placed, by whomever: ranges that are complete now are told. */

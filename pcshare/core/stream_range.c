@@ -74,25 +74,24 @@ struct stream_range *stream_range_new(struct ramblock *block, uint64_t start, ui
     return range;
 }
 
-int stream_add_range(struct fault_threads *ft, struct ramblock *block, uint64_t start, uint64_t end,
-                     struct remote_fd *remote, uint32_t cookie, int wait)
+static void count_for(struct stream_range *range, struct remote_fd *remote)
+{
+    range->remote = remote_fd_get(remote);
+    range->counted = range->wait ? &remote->requests_in_flight : &remote->hints_in_flight;
+    __atomic_add_fetch(range->counted, 1, __ATOMIC_RELAXED);
+}
+
+static void add(struct fault_threads *ft, struct stream_range *range)
 {
     struct stream *s = &ft->stream;
-    struct stream_range *range = stream_range_new(block, start, end);
+    struct ramblock *block = range->block;
+    struct remote_fd *remote = range->remote;
+    uint64_t start = range->start, end = range->end;
 
-    if (!range)
-        return -ENOMEM;
-    range->remote = remote ? remote_fd_get(remote) : NULL;
-    range->cookie = cookie;
-    range->wait = wait;
-    if (remote) {
-        range->counted = wait ? &remote->requests_in_flight : &remote->hints_in_flight;
-        __atomic_add_fetch(range->counted, 1, __ATOMIC_RELAXED);
-    }
     trace_point(TRACE_RANGE_REQUEST, block->index, remote ? remote->id : 0, start, end - start);
     pthread_mutex_lock(&s->lock);
     /* Under the lock: a page that is placed or lost from now on finds the range. */
-    uint64_t lost = wait ? bitmap_next_set(block->failed, start, end) : end;
+    uint64_t lost = range->wait ? bitmap_next_set(block->failed, start, end) : end;
     uint64_t lost_end = bitmap_next_clear(block->failed, lost, end);
     struct stream_range **rangep = s->ranges_tail;
     append(s, range); /* before the look: who places a page looks for ranges after it has set the bit */
@@ -109,7 +108,51 @@ int stream_add_range(struct fault_threads *ft, struct ramblock *block, uint64_t 
         stream_range_end(ft, range, -EIO, lost * block->page_size, (lost_end - lost) * block->page_size);
     else if (over)
         stream_range_end(ft, range, 0, 0, 0);
+}
+
+int stream_add_range(struct fault_threads *ft, struct ramblock *block, uint64_t start, uint64_t end,
+                     struct remote_fd *remote, uint32_t cookie, int wait)
+{
+    struct stream_range *range = stream_range_new(block, start, end);
+
+    if (!range)
+        return -ENOMEM;
+    range->cookie = cookie;
+    range->wait = wait;
+    if (remote)
+        count_for(range, remote);
+    add(ft, range);
     return 0;
+}
+
+/* A hint among the helper's own: who has as many under way as it may gets no more. */
+void stream_add_ahead(struct fault_threads *ft, struct remote_fd *remote, uint64_t start, uint64_t end)
+{
+    struct stream_range *range = NULL;
+
+    if (__atomic_load_n(&remote->hints_in_flight, __ATOMIC_RELAXED) < FAULT_REQUESTS_IN_FLIGHT_MAX)
+        range = stream_range_new(remote->block, start, end);
+    if (!range)
+        return;
+    range->is_ahead = 1;
+    count_for(range, remote);
+    add(ft, range);
+}
+
+/* A range has passed by what was on its way for somebody else. */
+void stream_give_back(struct fault_threads *ft, struct ramblock *block, uint64_t page, uint64_t n)
+{
+    struct stream *s = &ft->stream;
+
+    bitmap_clear_range(block->requested, page, page + n);
+    if (ramblock_next_missing(block, page, page + n) == page + n)
+        return;
+    pthread_mutex_lock(&s->lock);
+    for (struct stream_range *range = s->ranges; range; range = range->next)
+        if (range->block == block && !range->is_ahead && range->start < page + n && range->issue > page)
+            range->issue = page > range->start ? page : range->start;
+    pthread_cond_broadcast(&s->wake);
+    pthread_mutex_unlock(&s->lock);
 }
 
 /* Takes out the ranges for which decide says so; the caller ends them. */

@@ -14,6 +14,7 @@ struct stream_range {
     uint32_t cookie;
     uint32_t *counted;        /* of the remote fd: requests or hints in flight */
     int wait;                 /* DONE is owed */
+    int is_ahead;             /* nobody has asked for it */
     uint64_t start, end;      /* pages */
     uint64_t issue;           /* asked for up to here */
     uint64_t cursor;          /* received up to here */

@@ -87,6 +87,7 @@ class Need:
     size: int
     alignment: int  # the largest minimum of a read
     length_max: int  # the smallest maximum
+    preferred: int = 0  # what the first server reads at a time at best; 0: not known
 
 
 @dataclass

@@ -65,7 +65,8 @@ class NbdSource(OpenedSource):
 
     def _take_up(self, spec: SourceSpec, memory: SourceMemory) -> None:
         details = memory.details
-        self._need = Need(memory.used_length, details["alignment"], details["length_max"])
+        preferred = details.get("preferred", 0)  # one from before this version does not tell
+        self._need = Need(memory.used_length, details["alignment"], details["length_max"], preferred)
         self._link.take_up(details["states"])
         super().__init__(spec, memory.used_length, memory.extents, memory.array)
 
@@ -73,6 +74,7 @@ class NbdSource(OpenedSource):
         return {
             "alignment": self._need.alignment,
             "length_max": self._need.length_max,
+            "preferred": self._need.preferred,
             "states": self._link.object_states,
         }
 
@@ -108,6 +110,7 @@ class NbdSource(OpenedSource):
             length_max=need.length_max,
             reply_timeout_ms=round(self._reply_timeout_s * 1000),
             server_count=self._server_count,
+            preferred=need.preferred,
         )
 
     def facts(self) -> dict[str, str | int | bool]:
@@ -146,7 +149,7 @@ def _need(session: Session, server_count: int) -> Need:
         raise SourceError(
             f"the server sends at most {export.block_max} bytes at a time, less than a page", errno=errno.EINVAL
         )
-    return Need(export.size, alignment, length_max)
+    return Need(export.size, alignment, length_max, export.block_preferred)
 
 
 def _array(head: bytes, size: int, name: str) -> ArrayDescription | None:
