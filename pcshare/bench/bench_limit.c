@@ -26,7 +26,7 @@
 
 enum { PIECE = 2 << 20 };
 
-static int open_file(const char *path, uint64_t *lengthp)
+static int open_file(const char *path, uint64_t least, uint64_t *lengthp)
 {
     struct stat info;
     int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -34,6 +34,8 @@ static int open_file(const char *path, uint64_t *lengthp)
     if (fd < 0 || fstat(fd, &info) < 0)
         bench_fail(path);
     *lengthp = (uint64_t)info.st_size / BENCH_PAGE * BENCH_PAGE;
+    if (*lengthp < least)
+        bench_refuse("the file is too small");
     return fd;
 }
 
@@ -153,14 +155,17 @@ static void be_helper(int server_fd, uint64_t length, int cpu, uint64_t count)
     bench_print_times(n, (bench_now_us() - begin_us) / 1e6, us, n);
 }
 
+/* It never outlives its parent, which may have ended before it says so. */
 static pid_t fork_child(void)
 {
-    pid_t pid = fork();
+    pid_t parent = getpid(), pid = fork();
 
     if (pid < 0)
         bench_fail("fork");
     if (pid == 0 && prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
         bench_fail("prctl");
+    if (pid == 0 && getppid() != parent)
+        _exit(EXIT_FAILURE);
     return pid;
 }
 
@@ -186,7 +191,7 @@ static int run_chain(const struct chain *chain)
 {
     int helpers[2], sources[2] = {-1, -1}, status;
     uint64_t length;
-    int file = open_file(chain->path, &length);
+    int file = open_file(chain->path, BENCH_PAGE, &length);
     pid_t source = 0;
 
     if (socketpair(AF_UNIX, SOCK_SEQPACKET, 0, helpers) < 0 ||
@@ -214,7 +219,7 @@ static int run_chain(const struct chain *chain)
 static int run_fill(const char *path, uint64_t page_size, int by_copy)
 {
     uint64_t length, done = 0;
-    int file = open_file(path, &length);
+    int file = open_file(path, PIECE, &length);
     uint8_t *bytes = mmap(NULL, PIECE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), *data = NULL;
 
     length = length / PIECE * PIECE;
@@ -235,11 +240,16 @@ static int run_fill(const char *path, uint64_t page_size, int by_copy)
     return EXIT_SUCCESS;
 }
 
+static int is_one_of(const char *word, const char *one, const char *other)
+{
+    return strcmp(word, one) == 0 || strcmp(word, other) == 0;
+}
+
 int main(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "";
 
-    if (strcmp(what, "server") == 0 && argc == 7)
+    if (strcmp(what, "server") == 0 && argc == 7 && is_one_of(argv[2], "blocks", "spins"))
         return run_chain(&(struct chain){.path = argv[3], .spins = strcmp(argv[2], "spins") == 0,
                                          .server_cpu = atoi(argv[4]), .helper_cpu = atoi(argv[5]),
                                          .count = strtoull(argv[6], NULL, 10)});
@@ -247,11 +257,10 @@ int main(int argc, char **argv)
         return run_chain(&(struct chain){.path = argv[2], .is_chain = 1, .source_cpu = atoi(argv[3]),
                                          .server_cpu = atoi(argv[4]), .helper_cpu = atoi(argv[5]),
                                          .count = strtoull(argv[6], NULL, 10)});
-    if (strcmp(what, "copy") == 0 && argc == 4)
+    if (strcmp(what, "copy") == 0 && argc == 4 && is_one_of(argv[3], "4096", "2097152"))
         return run_fill(argv[2], strtoull(argv[3], NULL, 10), 1);
     if (strcmp(what, "pwrite") == 0 && argc == 3)
         return run_fill(argv[2], BENCH_PAGE, 0);
-    fprintf(stderr, "usage: bench-limit server blocks|spins FILE SERVER_CPU HELPER_CPU COUNT | chain FILE SOURCE_CPU"
-                    " SERVER_CPU HELPER_CPU COUNT | copy FILE PAGE_SIZE | pwrite FILE\n");
-    return 2;
+    bench_refuse("usage: bench-limit server blocks|spins FILE SERVER_CPU HELPER_CPU COUNT | chain FILE SOURCE_CPU"
+                 " SERVER_CPU HELPER_CPU COUNT | copy FILE PAGE_SIZE | pwrite FILE");
 }

@@ -5,6 +5,8 @@
  *   bench-touch times  CPU COUNT SEED TARGET   the same, and prints each of these times alone
  *   bench-touch scan   CPU TARGET              every page in order
  *   bench-touch sum    CPU SEED TARGET         every byte is read: SEED 0 in order, else page by page at random
+ *   bench-touch -w ...                         with -w: an empty line once the target is there; begins when a line comes
+ *                                              on stdin
  *
  * TARGET is pcshare:SOCKET (a coordinator's only block), pcshare:SOCKET#BLOCK, file:PATH (mapped shared, read-only), or
  * memfd:PATH (a memfd that holds a copy of the file, mapped likewise). sum over a pcshare target waits until the block
@@ -96,6 +98,17 @@ static struct target open_target(char *text)
     }
     fprintf(stderr, "a target is pcshare:SOCKET, pcshare:SOCKET#BLOCK, file:PATH or memfd:PATH, not %s\n", text);
     exit(2);
+}
+
+static void wait_for_line(void)
+{
+    int c;
+
+    printf("\n");
+    fflush(stdout);
+    do
+        c = getchar();
+    while (c != '\n' && c != EOF);
 }
 
 static double *new_times(uint64_t count)
@@ -213,18 +226,24 @@ static uint64_t number(const char *text)
 
 int main(int argc, char **argv)
 {
+    int waits = argc > 1 && strcmp(argv[1], "-w") == 0;
+
+    argc -= waits;
+    argv += waits;
     const char *what = argc > 2 ? argv[1] : "";
     int is_walk = strcmp(what, "walk") == 0 && argc == 5, is_scan = strcmp(what, "scan") == 0 && argc == 4;
     int lists = strcmp(what, "times") == 0, is_random = (strcmp(what, "random") == 0 || lists) && argc == 6;
     int is_sum = strcmp(what, "sum") == 0 && argc == 5;
 
-    if (!is_walk && !is_scan && !is_random && !is_sum) {
-        fprintf(stderr, "usage: bench-touch walk CPU COUNT TARGET | random|times CPU COUNT SEED TARGET | scan CPU TARGET"
-                        " | sum CPU SEED TARGET\n");
-        return 2;
-    }
+    if (!is_walk && !is_scan && !is_random && !is_sum)
+        bench_refuse("usage: bench-touch [-w] walk CPU COUNT TARGET | random|times CPU COUNT SEED TARGET |"
+                     " scan CPU TARGET | sum CPU SEED TARGET");
     bench_pin(atoi(argv[2]));
     struct target target = open_target(argv[argc - 1]);
+    if (target.length < BENCH_PAGE)
+        bench_refuse("the target is smaller than a page");
+    if (waits)
+        wait_for_line();
     if (is_walk)
         walk(&target, number(argv[3]));
     else if (is_random)

@@ -82,8 +82,7 @@ def command(
 
         for path in write(outcome, report):
             click.echo(f"pcshare: wrote {path}", err=True)
-    beyond = [result for result in outcome.results() if result.is_beyond]
-    return EXIT_FAILED if check and beyond else EXIT_DONE
+    return _verdict(outcome) if check else EXIT_DONE
 
 
 def _tell(outcome: Outcome, chosen: list[str], as_json: bool) -> None:
@@ -98,3 +97,11 @@ def _tell(outcome: Outcome, chosen: list[str], as_json: bool) -> None:
         console.print(f"{name} does not measure: {limits_of(name)}")
     if as_json:
         print_json(outcome.to_json())
+
+
+def _verdict(outcome: Outcome) -> int:
+    """In one line, which rows failed the check."""
+    beyond = [result.name for result in outcome.results() if result.is_beyond]
+    told = f"beyond their limits: {'; '.join(beyond)}" if beyond else "no ratio lies beyond its limit"
+    click.echo(f"pcshare: {told}", err=True)
+    return EXIT_FAILED if beyond else EXIT_DONE
