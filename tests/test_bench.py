@@ -435,6 +435,7 @@ def program(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         ("bench-limit", ["server", "naps", "FILE", -1, -1, 1]),
         ("bench-limit", ["server", "blocks", "SHORT", -1, -1, 1]),
         ("bench-limit", ["chain", "FILE", -1, -1, 1]),
+        ("bench-limit", ["nbd", "FILE", -1, -1]),
         ("bench-limit", ["copy", "FILE", 8192]),
         ("bench-limit", ["copy", "SHORT", 4096]),
         ("bench-limit", ["pwrite"]),
@@ -466,6 +467,13 @@ def test_limit_of_a_fault_times_every_touch(arguments: list[object], source: Pat
     assert (some["touches"], some["timed"]) == (100, 100)
     assert whole["timed"] == 2 * HUGE_PAGE // PAGE
     assert 0 < some["p50"] <= some["p99"] <= some["p99.9"] <= some["max"]
+
+
+def test_limit_of_a_fault_over_nbd_times_every_touch(source: Path, lab: Lab) -> None:
+    needs(None if shutil.which("nbdkit") else "nbdkit")
+    with lab.nbdkit("file", str(source)) as uri:
+        whole = lab.limit("nbd", uri.partition("socket=")[2], ANY_CPU, ANY_CPU, 0)
+    assert whole["timed"] == 2 * HUGE_PAGE // PAGE
 
 
 @pytest.mark.parametrize("arguments", [["copy", "FILE", PAGE], ["pwrite", "FILE"]], ids=["copy", "pwrite"])

@@ -2,8 +2,9 @@
 and what the stream adds to it.
 
 The server is nbdkit on a Unix socket, its file in the page cache. The chain (bench-limit chain) is three processes of C
-that block: one touches, one asks and copies, one reads the file. On several CPUs the time goes for waking CPUs, on one
-for what has to be done.
+that block: one touches, one asks and copies, one reads the file. What a real server costs more than that last one is
+told by a client of two processes that gets its pages from the same nbdkit (bench-limit nbd). On several CPUs the time
+goes for waking CPUs, on one for what has to be done.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pcshare.launcher import Coordinator
 DOES_NOT_MEASURE = "a network, a server that is slow itself, several helpers at once, reading ahead"
 LENGTH = 64 * MIB
 TOUCHES = 8000  # different pages, far from each other
-CHAIN = "chain of three processes"
+CHAIN, CLIENT = "chain of three processes", "smallest client of that server"
 STREAMED_LENGTH = GIB  # the stream takes longer for it than the touches do
 STREAMED_TOUCHES = 4000  # random pages; those count that were missing
 ALONE, BESIDE = "without the stream", "beside the stream"
@@ -51,14 +52,23 @@ def _one_fault(lab: Lab, place: str, cpu: int, at_most: float) -> Contest:
         with _coordinator(lab, length, cpu) as serving:
             return lab.touch("walk", cpu, touches, f"pcshare:{serving.socket}")
 
+    def client(_: int) -> Figures:
+        with lab.pinned(cpu), lab.nbdkit("file", str(lab.file(length))) as uri:
+            return lab.limit("nbd", uri.partition("socket=")[2], cpu, cpu, touches)
+
     return Contest(
         name=f"demand, {place}",
         stream=ONLY_DEMAND["stream"],
         pinning=f"helper, coordinator, server {place}; so is the chain",
-        rivals={OURS: ours, CHAIN: lambda _: lab.limit("chain", lab.file(length), cpu, cpu, cpu, touches)},
+        rivals={
+            OURS: ours,
+            CHAIN: lambda _: lab.limit("chain", lab.file(length), cpu, cpu, cpu, touches),
+            CLIENT: client,
+        },
         rows=[
             Row("median", "p50", CHAIN, number="F3", at_most=at_most),
-            Row("p99", "p99", CHAIN),
+            Row("median", "p50", CLIENT),
+            Row("p99", "p99", CLIENT),
         ],
         in_check=True,
         needs=["nbdkit"],
