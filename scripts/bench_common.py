@@ -1,4 +1,4 @@
-"""bench_common: what the benchmark scripts share: warm memory, compiled programs, servers, spreads.
+"""bench_common: what the benchmark scripts share: warm memory, compiled programs, spreads.
 
 The memory of a virtual machine may be backed lazily by its host, which takes free memory back: a benchmark then
 measures the host. warm_memory() touches it first and keeps the host from taking it away during the run.
@@ -6,16 +6,12 @@ measures the host. warm_memory() touches it first and keeps the host from taking
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import mmap
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +19,6 @@ CORE = ROOT / "pcshare" / "core"
 LIBRARY = ROOT / "pcshare" / "_bin" / "libpcshare.a"
 MIB = 1 << 20
 PAGE = 4096
-PR_SET_PDEATHSIG = 1
 START_TIMEOUT_S = 10.0
 
 
@@ -53,31 +48,6 @@ def run_for_figures(command: Sequence[str]) -> list[float]:
     """The numbers of the one line that a program prints."""
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return [float(text) for text in done.stdout.split()]
-
-
-def die_with_parent() -> None:
-    """For preexec_fn."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def nbdkit(socket_path: Path, *arguments: str) -> Iterator[str]:
-    """An nbdkit on a Unix socket; yields its URI."""
-    command = ["nbdkit", "--foreground", "--unix", str(socket_path), *arguments]
-    with subprocess.Popen(command, preexec_fn=die_with_parent) as server:
-        try:
-            wait_for(lambda: accepts(socket_path), "nbdkit's socket")
-            yield f"nbd+unix:///?socket={socket_path}"
-        finally:
-            server.terminate()
-            server.wait()
-            socket_path.unlink(missing_ok=True)
-
-
-def accepts(socket_path: Path) -> bool:
-    """A socket file is there before somebody listens."""
-    with socket.socket(socket.AF_UNIX) as tried:
-        return tried.connect_ex(str(socket_path)) == 0
 
 
 def wait_for(is_there: Callable[[], bool], what: str) -> None:

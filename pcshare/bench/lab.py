@@ -225,7 +225,7 @@ class Lab:
     @contextlib.contextmanager
     def process(self, command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
         """Lives as long as the with block, and never longer than this process."""
-        with subprocess.Popen(command, preexec_fn=_die_with_parent, **options) as process:
+        with subprocess.Popen(command, preexec_fn=die_with_parent, **options) as process:
             try:
                 yield process
             finally:
@@ -329,7 +329,8 @@ def _reserve_huge_pages(count: int) -> None:
         )
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """For preexec_fn."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
