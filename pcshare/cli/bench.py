@@ -27,7 +27,7 @@ NAMES = ("fault", "demand", "fill", "scan", "scale", "after", "peers")
 @click.option(
     "--folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Where source files are made; some gigabytes.  [default: for temporary files]",
+    help="Where source files are made; some gigabytes.  [default: /tmp, or /var/tmp where that is in memory]",
 )
 @click.option(
     "--report",
@@ -56,7 +56,7 @@ def command(
     A figure means something only where nothing else runs. Memory is touched before, some gigabytes of it.
 
     Exit status: 0 done; 1 with --check where a ratio lies beyond its limit in the whole interval over the runs; 3 a
-    tool that is needed is missing.
+    tool or huge pages that are needed are missing.
 
     \b
     Examples:
