@@ -203,6 +203,10 @@ class Lab:
         """What `bench-limit` measured, by name."""
         return self._program("bench-limit", arguments)
 
+    def crowd(self, *arguments: object) -> dict[str, float]:
+        """What `bench-crowd` measured, by name."""
+        return self._program("bench-crowd", arguments)
+
     def _program(
         self, name: str, arguments: Sequence[object], at_start: Callable[[], None] | None = None
     ) -> dict[str, float]:
