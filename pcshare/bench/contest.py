@@ -22,7 +22,8 @@ Rival = Callable[[int], Figures]  # measures once; told the round's number, from
 @dataclass(frozen=True)
 class Row:
     """A ratio: one figure of one rival divided by a figure of another. at_most or at_least: what it must keep to; a row
-    without either is only told. number: under which it is known (F1 ...), or "".
+    without either is only told. number: under which it is known (F1 ...), or "". against "": no ratio, the
+    figure itself must keep to it.
 
     Of times (p50, seconds: less is better) a row says at_most; how fast bytes come is told as bytes_per_s (more is
     better), of which it says at_least."""
@@ -69,7 +70,7 @@ class Played:
     def results(self) -> Iterator[Result]:
         for row in self.contest.rows:
             ours = self.values(row.of, row.figure)
-            theirs = self.values(row.against, row.against_figure or row.figure)
+            theirs = self.values(row.against, row.against_figure or row.figure) if row.against else [1.0] * len(ours)
             yield Result(self.contest, row, ours, theirs)
 
 
@@ -90,7 +91,8 @@ class Result:
     @property
     def name(self) -> str:
         """The row in a few words, for messages."""
-        return f"{self.row.number} {self.contest.name}: {self.row.what} against {self.row.against}".lstrip()
+        against = f" against {self.row.against}" if self.row.against else ""
+        return f"{self.row.number} {self.contest.name}: {self.row.what}{against}".lstrip()
 
     @property
     def median(self) -> float:
