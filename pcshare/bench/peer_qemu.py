@@ -269,7 +269,7 @@ class _Bench:
     @contextlib.contextmanager
     def _ends(self, limit_bytes_s: int) -> Iterator[tuple[Qemu, Destination, str]]:
         """A source that can start, a destination that waits, and its address."""
-        with tempfile.TemporaryDirectory(dir=self.lab.folder) as made:
+        with tempfile.TemporaryDirectory(prefix="pcshare-bench-") as made:  # a short path: sockets lie there
             scene = Scene(self.lab, Path(made), self._guest, self.capabilities, _line(Path(made), self.is_tcp))
             with self.start(scene) as destination, Qemu(self._guest, scene.folder) as source:
                 source.set_capabilities(*self.capabilities, "events")

@@ -241,8 +241,10 @@ class Qemu:
             self._qmp.greet()
             if self._boots:
                 self.wait_for_rounds(1)
-        except BaseException:
+        except BaseException as error:
             self._kill()
+            if isinstance(error, (EOFError, ConnectionError)):
+                raise PcshareError(f"QEMU did not start: {self.said()}") from error
             raise
 
     def stop(self) -> None:
