@@ -1,42 +1,15 @@
-"""bench_common: what the benchmark scripts share: warm memory, compiled programs, servers, spreads.
-
-The memory of a virtual machine may be backed lazily by its host, which takes free memory back: a benchmark then
-measures the host. warm_memory() touches it first and keeps the host from taking it away during the run.
-"""
+"""bench_common: what the benchmark scripts share: programs that are compiled when they are needed."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import mmap
-import signal
-import socket
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = ROOT / "pcshare" / "core"
 LIBRARY = ROOT / "pcshare" / "_bin" / "libpcshare.a"
-MIB = 1 << 20
-PAGE = 4096
-PR_SET_PDEATHSIG = 1
-START_TIMEOUT_S = 10.0
-
-
-def warm_memory(length: int = 2 << 30) -> mmap.mmap:
-    """Touches so many bytes and gives back all but one page in each MiB, so that free pages cannot merge into pieces
-    that the host takes. Hold what it returns until the run ends."""
-    held = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    held.madvise(mmap.MADV_NOHUGEPAGE)
-    for offset in range(0, length, PAGE):
-        held[offset] = 1
-    for offset in range(0, length, MIB):
-        held.madvise(mmap.MADV_DONTNEED, offset + PAGE, MIB - PAGE)
-    return held
 
 
 def compile_program(name: str, folder: Path) -> str:
@@ -53,41 +26,3 @@ def run_for_figures(command: Sequence[str]) -> list[float]:
     """The numbers of the one line that a program prints."""
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return [float(text) for text in done.stdout.split()]
-
-
-def die_with_parent() -> None:
-    """For preexec_fn."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def nbdkit(socket_path: Path, *arguments: str) -> Iterator[str]:
-    """An nbdkit on a Unix socket; yields its URI."""
-    command = ["nbdkit", "--foreground", "--unix", str(socket_path), *arguments]
-    with subprocess.Popen(command, preexec_fn=die_with_parent) as server:
-        try:
-            wait_for(lambda: accepts(socket_path), "nbdkit's socket")
-            yield f"nbd+unix:///?socket={socket_path}"
-        finally:
-            server.terminate()
-            server.wait()
-            socket_path.unlink(missing_ok=True)
-
-
-def accepts(socket_path: Path) -> bool:
-    """A socket file is there before somebody listens."""
-    with socket.socket(socket.AF_UNIX) as tried:
-        return tried.connect_ex(str(socket_path)) == 0
-
-
-def wait_for(is_there: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not is_there():
-        if time.monotonic() > deadline:
-            sys.exit(f"{what} did not appear within {START_TIMEOUT_S:g} s")
-        time.sleep(0.005)
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Median (smallest-largest)."""
-    return f"{statistics.median(values):{digits + 5}.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"

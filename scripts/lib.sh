@@ -97,7 +97,8 @@ checksum() { sha256sum -- "$@" | sha256sum | cut -d' ' -f1; }
 build_key() (
     cd "$ROOT"
     shopt -s nullglob
-    sum=$(checksum pyproject.toml setup.py pcshare/core/{build.py,*.[ch]} helpers/*.[ch] helpers/hostile/*.[ch])
+    sum=$(checksum pyproject.toml setup.py pcshare/core/{build.py,*.[ch]} pcshare/bench/*.[ch] helpers/*.[ch] \
+        helpers/hostile/*.[ch])
     printf '%s %s %s\n' "$ROOT" "$sum" "${PCSHARE_SANITIZE:-}"
 )
 

@@ -124,6 +124,48 @@ def test_block_goes_through_its_states(runtime_dir: Path, data_file: Path, tmp_p
     ]  # fmt: skip
 
 
+def test_creator_is_told_all_that_happens_before_it_serves_however_much(runtime_dir: Path) -> None:
+    """A thousand blocks say more than a socket holds, and the creator answers all of it."""
+    ours, theirs = socket.socketpair()
+    events = [*({"event": "state", "block": f"b{number}"} for number in range(3000)), {"event": "ready"}]
+
+    def tell() -> None:
+        for event in events[:-1]:
+            link.send(**event)
+        link.tell_ready()
+        while link.drain():  # what the loop does from then on
+            select.select([link], [], [])
+
+    with contextlib.closing(ParentLink(theirs.detach(), 60.0)) as link:
+        teller = threading.Thread(target=tell)
+        teller.start()
+        with ours, ours.makefile("r") as lines:
+            heard = []
+            for _ in events:
+                heard.append(json.loads(next(lines)))
+                ours.sendall(b'{"id": 1, "ok": true, "reason": ""}\n')
+        teller.join()
+    assert heard == events
+
+
+def test_creator_that_does_not_read_holds_up_nobody_and_loses_whole_lines(runtime_dir: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, contextlib.closing(ParentLink(theirs.detach(), 60.0)) as link, ours.makefile("r") as lines:
+        link.tell_ready()
+        for number in range(1000):
+            link.send(number=number, text="x" * 100_000)
+        numbers = []
+        for line in lines:
+            told = json.loads(line)
+            numbers.append(told.get("number"))
+            if len(numbers) == 2:
+                link.send(event="last")  # the rest of the line that broke off goes before
+            if told.get("event") == "last":
+                break
+    assert numbers[1:-1] == list(range(len(numbers) - 2))
+    assert len(numbers) < 1000
+
+
 def test_end_of_the_creator_ends_it(runtime_dir: Path, data_file: Path) -> None:
     """P7."""
     ours, theirs = socket.socketpair()

@@ -33,7 +33,8 @@ def build() -> dict[str, Any]:
 
 
 def expected_executables() -> set[str]:
-    return {path.stem.replace("_", "-") for path in (ROOT / "helpers").rglob("*.c")} | {"pcshare-keeper"}
+    programs = [*(ROOT / "helpers").rglob("*.c"), *(ROOT / "pcshare" / "bench").glob("*.c")]
+    return {path.stem.replace("_", "-") for path in programs} | {"pcshare-keeper"}
 
 
 def test_version_is_the_installed_one() -> None:

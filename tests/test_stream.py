@@ -57,6 +57,26 @@ def test_lazy_stream_brings_nothing(runtime_dir: Path, data_file: Path, tmp_path
     assert not requests(trace)
 
 
+def times_asleep(thread_name: str) -> int:
+    """How often the thread of that name in this process has gone to sleep."""
+    (folder,) = (
+        folder for folder in Path("/proc/self/task").iterdir() if (folder / "comm").read_text().strip() == thread_name
+    )
+    (line,) = (line for line in (folder / "status").read_text().splitlines() if line.startswith("voluntary_ctxt"))
+    return int(line.split()[1])
+
+
+def test_faults_do_not_wake_a_stream_that_has_nothing_to_do(runtime_dir: Path, data_file: Path) -> None:
+    n_faults = 200
+    with serving(f"data={data_file}#delay=1us", stream_mode=LAZY) as served:
+        helper = served.helper()
+        helper.do("b = attach(); read(b, 0)")
+        before = times_asleep("pcshare-stream")
+        helper.do(f"for page in range(1, {n_faults}): read(b, page * {PAGE})")
+        assert times_asleep("pcshare-stream") - before < n_faults // 10
+        assert served.block().demand_pages == n_faults
+
+
 def test_paused_stream_goes_on_as_before_when_it_is_resumed(runtime_dir: Path, data_file: Path) -> None:
     with serving(f"data={data_file}", stream_mode=PAUSED) as served:
         assert served.status().stream == "paused"

@@ -15,10 +15,17 @@
 
 enum { BENCH_PAGE = 4096 };
 
-static inline void bench_fail(const char *what)
+static inline _Noreturn void bench_fail(const char *what)
 {
     fprintf(stderr, "%s: %s\n", what, strerror(errno));
     exit(EXIT_FAILURE);
+}
+
+/* What the caller asked for makes no sense: exit status 2, as for wrong usage. */
+static inline _Noreturn void bench_refuse(const char *text)
+{
+    fprintf(stderr, "%s\n", text);
+    exit(2);
 }
 
 static inline double bench_now_us(void)
@@ -93,7 +100,8 @@ static inline void bench_print_times(uint64_t touches, double seconds, double *u
 
 static inline void bench_print_seconds(uint64_t bytes, double seconds)
 {
-    printf("{\"bytes\": %llu, \"seconds\": %.6f}\n", (unsigned long long)bytes, seconds);
+    printf("{\"bytes\": %llu, \"seconds\": %.6f, \"bytes_per_s\": %.0f}\n", (unsigned long long)bytes, seconds,
+           (double)bytes / seconds);
 }
 
 #endif

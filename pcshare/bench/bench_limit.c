@@ -3,13 +3,15 @@
  *   bench-limit server blocks|spins FILE SERVER_CPU HELPER_CPU COUNT   two processes and one uffd: read, pread, COPY
  *   bench-limit chain FILE SOURCE_CPU SERVER_CPU HELPER_CPU COUNT      the page comes from a third process, by a Unix
  *                                                                      stream socket; all block
+ *   bench-limit nbd SOCKET SERVER_CPU HELPER_CPU COUNT                 the page comes from an NBD server's only export
  *   bench-limit copy FILE PAGE_SIZE       the whole file: pread of 2 MiB, UFFDIO_COPY of 2 MiB, into fresh memory
  *   bench-limit pwrite FILE               the whole file: pread of 2 MiB, pwrite of 2 MiB, into a fresh memfd
  *
- * The helper of the first two touches COUNT different pages (0: all) in the order of `bench-touch walk`. PAGE_SIZE is
+ * The helper of the first three touches COUNT different pages (0: all) in the order of `bench-touch walk`. PAGE_SIZE is
  * 4096 or 2097152. CPU -1 is not pinned.
  */
 #define _GNU_SOURCE
+#include <endian.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
@@ -17,6 +19,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -26,7 +29,7 @@
 
 enum { PIECE = 2 << 20 };
 
-static int open_file(const char *path, uint64_t *lengthp)
+static int open_file(const char *path, uint64_t least, uint64_t *lengthp)
 {
     struct stat info;
     int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -34,6 +37,8 @@ static int open_file(const char *path, uint64_t *lengthp)
     if (fd < 0 || fstat(fd, &info) < 0)
         bench_fail(path);
     *lengthp = (uint64_t)info.st_size / BENCH_PAGE * BENCH_PAGE;
+    if (*lengthp < least)
+        bench_refuse("the file is too small");
     return fd;
 }
 
@@ -62,7 +67,23 @@ static int map_registered(int memfd, uint64_t length, uint8_t **datap)
     return uffd;
 }
 
-/* ---- one fault at a time ---- */
+/* ---- the smallest NBD client ---- */
+
+enum {
+    NBD_REPLY_LENGTH = 16,
+    NBD_FLAGS = 3,       /* fixed newstyle, no zeroes: a server that has not both is too old */
+    NBD_EXPORT_NAME = 1, /* option: of the name that follows, here none */
+    NBD_REQUEST_MAGIC = 0x25609513,
+};
+static const char nbd_magic[] = "NBDMAGICIHAVEOPT";
+
+struct __attribute__((packed)) nbd_request {
+    uint32_t magic;
+    uint32_t read; /* flags and command: all 0 */
+    uint64_t cookie;
+    uint64_t offset;
+    uint32_t length;
+};
 
 static void read_all(int fd, uint8_t *bytes, size_t length)
 {
@@ -74,24 +95,88 @@ static void read_all(int fd, uint8_t *bytes, size_t length)
     }
 }
 
-/* pread of a file, or a question and its answer over a socket. */
-static void fetch(int file, int socket_fd, uint64_t offset, uint8_t *bytes)
+static void write_all(int fd, const void *bytes, size_t length)
 {
-    if (socket_fd < 0) {
-        if (pread(file, bytes, BENCH_PAGE, (off_t)offset) != BENCH_PAGE)
-            bench_fail("pread");
-        return;
-    }
-    if (write(socket_fd, &offset, sizeof(offset)) != sizeof(offset))
+    if (write(fd, bytes, length) != (ssize_t)length)
         bench_fail("write");
-    read_all(socket_fd, bytes, BENCH_PAGE);
 }
 
-static void serve(int uffd, uint64_t client_addr, int file, int socket_fd, int spins)
+static int nbd_connect(const char *path, uint64_t *lengthp)
+{
+    struct sockaddr_un name = {.sun_family = AF_UNIX};
+    struct __attribute__((packed)) {
+        uint8_t magic[sizeof(nbd_magic) - 1];
+        uint16_t flags;
+    } hello;
+    struct __attribute__((packed)) {
+        uint32_t flags;
+        uint8_t magic[8];
+        uint32_t option, name_length;
+    } answer = {.flags = htobe32(NBD_FLAGS), .option = htobe32(NBD_EXPORT_NAME)};
+    struct __attribute__((packed)) {
+        uint64_t size;
+        uint16_t flags;
+    } export;
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+    snprintf(name.sun_path, sizeof(name.sun_path), "%s", path);
+    if (fd < 0 || connect(fd, (struct sockaddr *)&name, sizeof(name)) < 0)
+        bench_fail(path);
+    read_all(fd, (uint8_t *)&hello, sizeof(hello));
+    if (memcmp(hello.magic, nbd_magic, sizeof(hello.magic)) != 0 || be16toh(hello.flags) != NBD_FLAGS)
+        bench_refuse("no NBD server of today");
+    memcpy(answer.magic, nbd_magic + sizeof(answer.magic), sizeof(answer.magic));
+    write_all(fd, &answer, sizeof(answer));
+    read_all(fd, (uint8_t *)&export, sizeof(export));
+    *lengthp = be64toh(export.size) / BENCH_PAGE * BENCH_PAGE;
+    if (!*lengthp)
+        bench_refuse("the export is too small");
+    return fd;
+}
+
+/* ---- one fault at a time ---- */
+
+/* Where a server gets pages from: by pread of a file, or by a question and its answer over a socket. */
+struct source {
+    enum { OF_FILE, OF_PROCESS, OF_NBD } kind;
+    int fd;
+};
+
+static const uint8_t *fetch_nbd(int fd, uint64_t offset)
+{
+    struct nbd_request request = {.magic = htobe32(NBD_REQUEST_MAGIC), .offset = htobe64(offset),
+                                  .length = htobe32(BENCH_PAGE)};
+    static uint8_t reply[NBD_REPLY_LENGTH + BENCH_PAGE];
+    uint32_t error;
+
+    write_all(fd, &request, sizeof(request));
+    read_all(fd, reply, sizeof(reply)); /* after an error no bytes come, but then the server ends too */
+    memcpy(&error, reply + sizeof(error), sizeof(error));
+    if (error)
+        bench_fail("the NBD server refuses a read");
+    return reply + NBD_REPLY_LENGTH;
+}
+
+static const uint8_t *fetch(const struct source *source, uint64_t offset)
+{
+    static uint8_t bytes[BENCH_PAGE] __attribute__((aligned(BENCH_PAGE)));
+
+    if (source->kind == OF_NBD)
+        return fetch_nbd(source->fd, offset);
+    if (source->kind == OF_FILE) {
+        if (pread(source->fd, bytes, BENCH_PAGE, (off_t)offset) != BENCH_PAGE)
+            bench_fail("pread");
+        return bytes;
+    }
+    write_all(source->fd, &offset, sizeof(offset));
+    read_all(source->fd, bytes, BENCH_PAGE);
+    return bytes;
+}
+
+static void serve(int uffd, uint64_t client_addr, const struct source *source, int spins)
 {
     struct pollfd polled = {.fd = uffd, .events = POLLIN};
     struct uffd_message message;
-    static uint8_t staging[BENCH_PAGE] __attribute__((aligned(BENCH_PAGE)));
     uint64_t done;
 
     for (;;) {
@@ -100,13 +185,12 @@ static void serve(int uffd, uint64_t client_addr, int file, int socket_fd, int s
         if (uffd_read(uffd, &message, 1) != 1)
             continue;
         uint64_t addr = message.fault_addr & ~(uint64_t)(BENCH_PAGE - 1);
-        fetch(file, socket_fd, addr - client_addr, staging);
-        uffd_copy(uffd, addr, staging, BENCH_PAGE, &done);
+        uffd_copy(uffd, addr, fetch(source, addr - client_addr), BENCH_PAGE, &done);
         uffd_wake(uffd, addr, BENCH_PAGE);
     }
 }
 
-static void be_server(int helper_fd, int file, int socket_fd, int spins, int cpu)
+static void be_server(int helper_fd, const struct source *source, int spins, int cpu)
 {
     uint64_t client_addr;
     uint32_t n_fds = 1;
@@ -115,7 +199,7 @@ static void be_server(int helper_fd, int file, int socket_fd, int spins, int cpu
     bench_pin(cpu);
     if (fd_message_receive(helper_fd, &client_addr, sizeof(client_addr), &uffd, &n_fds, 0) <= 0)
         bench_fail("receive");
-    serve(uffd, client_addr, file, socket_fd, spins);
+    serve(uffd, client_addr, source, spins);
 }
 
 static void be_source(int socket_fd, int file, int cpu)
@@ -128,8 +212,7 @@ static void be_source(int socket_fd, int file, int cpu)
         read_all(socket_fd, (uint8_t *)&offset, sizeof(offset));
         if (pread(file, bytes, BENCH_PAGE, (off_t)offset) != BENCH_PAGE)
             bench_fail("pread");
-        if (write(socket_fd, bytes, BENCH_PAGE) != BENCH_PAGE)
-            bench_fail("write");
+        write_all(socket_fd, bytes, BENCH_PAGE);
     }
 }
 
@@ -153,14 +236,17 @@ static void be_helper(int server_fd, uint64_t length, int cpu, uint64_t count)
     bench_print_times(n, (bench_now_us() - begin_us) / 1e6, us, n);
 }
 
+/* It never outlives its parent, which may have ended before it says so. */
 static pid_t fork_child(void)
 {
-    pid_t pid = fork();
+    pid_t parent = getpid(), pid = fork();
 
     if (pid < 0)
         bench_fail("fork");
     if (pid == 0 && prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
         bench_fail("prctl");
+    if (pid == 0 && getppid() != parent)
+        _exit(EXIT_FAILURE);
     return pid;
 }
 
@@ -173,30 +259,29 @@ static void end_child(pid_t pid)
 }
 
 struct chain {
-    const char *path;
-    int is_chain;
-    int spins;
-    int source_cpu;
+    int source_cpu; /* of a source that is a process of ours */
     int server_cpu;
     int helper_cpu;
+    int spins;
     uint64_t count;
 };
 
-static int run_chain(const struct chain *chain)
+/* source->fd of OF_PROCESS: the file that the process is to read. */
+static int run_chain(const struct chain *chain, struct source *source, uint64_t length)
 {
-    int helpers[2], sources[2] = {-1, -1}, status;
-    uint64_t length;
-    int file = open_file(chain->path, &length);
-    pid_t source = 0;
+    int helpers[2], sources[2], status, file = source->fd;
+    pid_t source_pid = 0;
 
-    if (socketpair(AF_UNIX, SOCK_SEQPACKET, 0, helpers) < 0 ||
-        (chain->is_chain && socketpair(AF_UNIX, SOCK_STREAM, 0, sources) < 0))
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET, 0, helpers) < 0 || socketpair(AF_UNIX, SOCK_STREAM, 0, sources) < 0)
         bench_fail("socketpair");
-    if (chain->is_chain && (source = fork_child()) == 0)
-        be_source(sources[1], file, chain->source_cpu);
+    if (source->kind == OF_PROCESS) {
+        source->fd = sources[0];
+        if ((source_pid = fork_child()) == 0)
+            be_source(sources[1], file, chain->source_cpu);
+    }
     pid_t server = fork_child();
     if (server == 0)
-        be_server(helpers[1], file, sources[0], chain->spins, chain->server_cpu);
+        be_server(helpers[1], source, chain->spins, chain->server_cpu);
     pid_t helper = fork_child();
     if (helper == 0) {
         be_helper(helpers[0], length, chain->helper_cpu, chain->count);
@@ -205,8 +290,24 @@ static int run_chain(const struct chain *chain)
     }
     waitpid(helper, &status, 0);
     end_child(server);
-    end_child(source);
+    end_child(source_pid);
     return WIFEXITED(status) ? WEXITSTATUS(status) : EXIT_FAILURE;
+}
+
+static int run_with_file(const struct chain *chain, const char *path, int kind)
+{
+    uint64_t length;
+    struct source source = {.kind = kind, .fd = open_file(path, BENCH_PAGE, &length)};
+
+    return run_chain(chain, &source, length);
+}
+
+static int run_with_nbd(const struct chain *chain, const char *path)
+{
+    uint64_t length;
+    struct source source = {.kind = OF_NBD, .fd = nbd_connect(path, &length)};
+
+    return run_chain(chain, &source, length);
 }
 
 /* ---- all of it ---- */
@@ -214,7 +315,7 @@ static int run_chain(const struct chain *chain)
 static int run_fill(const char *path, uint64_t page_size, int by_copy)
 {
     uint64_t length, done = 0;
-    int file = open_file(path, &length);
+    int file = open_file(path, PIECE, &length);
     uint8_t *bytes = mmap(NULL, PIECE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), *data = NULL;
 
     length = length / PIECE * PIECE;
@@ -235,23 +336,32 @@ static int run_fill(const char *path, uint64_t page_size, int by_copy)
     return EXIT_SUCCESS;
 }
 
+static int is_one_of(const char *word, const char *one, const char *other)
+{
+    return strcmp(word, one) == 0 || strcmp(word, other) == 0;
+}
+
 int main(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "";
 
-    if (strcmp(what, "server") == 0 && argc == 7)
-        return run_chain(&(struct chain){.path = argv[3], .spins = strcmp(argv[2], "spins") == 0,
-                                         .server_cpu = atoi(argv[4]), .helper_cpu = atoi(argv[5]),
-                                         .count = strtoull(argv[6], NULL, 10)});
+    if (strcmp(what, "server") == 0 && argc == 7 && is_one_of(argv[2], "blocks", "spins"))
+        return run_with_file(&(struct chain){.spins = strcmp(argv[2], "spins") == 0, .server_cpu = atoi(argv[4]),
+                                             .helper_cpu = atoi(argv[5]), .count = strtoull(argv[6], NULL, 10)},
+                             argv[3], OF_FILE);
     if (strcmp(what, "chain") == 0 && argc == 7)
-        return run_chain(&(struct chain){.path = argv[2], .is_chain = 1, .source_cpu = atoi(argv[3]),
-                                         .server_cpu = atoi(argv[4]), .helper_cpu = atoi(argv[5]),
-                                         .count = strtoull(argv[6], NULL, 10)});
-    if (strcmp(what, "copy") == 0 && argc == 4)
+        return run_with_file(&(struct chain){.source_cpu = atoi(argv[3]), .server_cpu = atoi(argv[4]),
+                                             .helper_cpu = atoi(argv[5]), .count = strtoull(argv[6], NULL, 10)},
+                             argv[2], OF_PROCESS);
+    if (strcmp(what, "nbd") == 0 && argc == 6)
+        return run_with_nbd(&(struct chain){.server_cpu = atoi(argv[3]), .helper_cpu = atoi(argv[4]),
+                                            .count = strtoull(argv[5], NULL, 10)},
+                            argv[2]);
+    if (strcmp(what, "copy") == 0 && argc == 4 && is_one_of(argv[3], "4096", "2097152"))
         return run_fill(argv[2], strtoull(argv[3], NULL, 10), 1);
     if (strcmp(what, "pwrite") == 0 && argc == 3)
         return run_fill(argv[2], BENCH_PAGE, 0);
-    fprintf(stderr, "usage: bench-limit server blocks|spins FILE SERVER_CPU HELPER_CPU COUNT | chain FILE SOURCE_CPU"
-                    " SERVER_CPU HELPER_CPU COUNT | copy FILE PAGE_SIZE | pwrite FILE\n");
-    return 2;
+    bench_refuse("usage: bench-limit server blocks|spins FILE SERVER_CPU HELPER_CPU COUNT | chain FILE SOURCE_CPU"
+                 " SERVER_CPU HELPER_CPU COUNT | nbd SOCKET SERVER_CPU HELPER_CPU COUNT | copy FILE PAGE_SIZE |"
+                 " pwrite FILE");
 }

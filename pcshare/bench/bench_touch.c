@@ -1,10 +1,13 @@
 /* bench_touch: what touching memory costs a process, by the same loops whatever the memory is.
  *
  *   bench-touch walk   CPU COUNT TARGET        COUNT different pages (0: all), far from each other; each is timed
+ *   bench-touch list   CPU LIST TARGET         the pages whose numbers, 8 bytes each, are in the file LIST; each is timed
  *   bench-touch random CPU COUNT SEED TARGET   COUNT random pages; those that were missing just before are timed
  *   bench-touch times  CPU COUNT SEED TARGET   the same, and prints each of these times alone
  *   bench-touch scan   CPU TARGET              every page in order
  *   bench-touch sum    CPU SEED TARGET         every byte is read: SEED 0 in order, else page by page at random
+ *   bench-touch -w ...                         with -w: an empty line once the target is there; begins when a line comes
+ *                                              on stdin
  *
  * TARGET is pcshare:SOCKET (a coordinator's only block), pcshare:SOCKET#BLOCK, file:PATH (mapped shared, read-only), or
  * memfd:PATH (a memfd that holds a copy of the file, mapped likewise). sum over a pcshare target waits until the block
@@ -98,6 +101,17 @@ static struct target open_target(char *text)
     exit(2);
 }
 
+static void wait_for_line(void)
+{
+    int c;
+
+    printf("\n");
+    fflush(stdout);
+    do
+        c = getchar();
+    while (c != '\n' && c != EOF);
+}
+
 static double *new_times(uint64_t count)
 {
     double *us = malloc((count ? count : 1) * sizeof(*us));
@@ -120,6 +134,34 @@ static void walk(const struct target *target, uint64_t count)
     }
     bench_print_times(n, (bench_now_us() - begin_us) / 1e6, us, n);
     free(us);
+}
+
+static uint64_t *read_list(const char *path, uint64_t *np)
+{
+    uint64_t length;
+    int fd = open_file(path, &length);
+    uint64_t *pages = malloc(length ? length : 1);
+
+    if (!pages || read(fd, pages, length) != (ssize_t)length)
+        bench_fail(path);
+    close(fd);
+    *np = length / sizeof(*pages);
+    return pages;
+}
+
+static void touch_list(const struct target *target, const char *path)
+{
+    uint64_t n, *pages = read_list(path, &n);
+    double *us = new_times(n), begin_us = bench_now_us();
+
+    for (uint64_t i = 0; i < n; i++) {
+        double start_us = bench_now_us();
+        (void)target->data[pages[i] * BENCH_PAGE];
+        us[i] = bench_now_us() - start_us;
+    }
+    bench_print_times(n, (bench_now_us() - begin_us) / 1e6, us, n);
+    free(us);
+    free(pages);
 }
 
 static int is_missing(const struct target *target, uint64_t page)
@@ -213,20 +255,28 @@ static uint64_t number(const char *text)
 
 int main(int argc, char **argv)
 {
+    int waits = argc > 1 && strcmp(argv[1], "-w") == 0;
+
+    argc -= waits;
+    argv += waits;
     const char *what = argc > 2 ? argv[1] : "";
     int is_walk = strcmp(what, "walk") == 0 && argc == 5, is_scan = strcmp(what, "scan") == 0 && argc == 4;
     int lists = strcmp(what, "times") == 0, is_random = (strcmp(what, "random") == 0 || lists) && argc == 6;
-    int is_sum = strcmp(what, "sum") == 0 && argc == 5;
+    int is_sum = strcmp(what, "sum") == 0 && argc == 5, is_list = strcmp(what, "list") == 0 && argc == 5;
 
-    if (!is_walk && !is_scan && !is_random && !is_sum) {
-        fprintf(stderr, "usage: bench-touch walk CPU COUNT TARGET | random|times CPU COUNT SEED TARGET | scan CPU TARGET"
-                        " | sum CPU SEED TARGET\n");
-        return 2;
-    }
+    if (!is_walk && !is_list && !is_scan && !is_random && !is_sum)
+        bench_refuse("usage: bench-touch [-w] walk CPU COUNT TARGET | list CPU LIST TARGET | random|times CPU COUNT"
+                     " SEED TARGET | scan CPU TARGET | sum CPU SEED TARGET");
     bench_pin(atoi(argv[2]));
     struct target target = open_target(argv[argc - 1]);
+    if (target.length < BENCH_PAGE)
+        bench_refuse("the target is smaller than a page");
+    if (waits)
+        wait_for_line();
     if (is_walk)
         walk(&target, number(argv[3]));
+    else if (is_list)
+        touch_list(&target, argv[3]);
     else if (is_random)
         touch_random(&target, number(argv[3]), number(argv[4]), lists);
     else if (is_scan)

@@ -5,6 +5,7 @@ Runs nothing and prints nothing.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +15,18 @@ from typing import Any
 OURS = "pcshare"
 CONFIDENCE = 0.95  # of the interval in which the median lies; fewer than six runs give less: then it is all of them
 
-Figures = Mapping[str, float]  # by name: "p50" (us), "seconds", "faults" ...
+Figures = Mapping[str, float]  # by name: "p50" (us), "seconds", "bytes_per_s" ...
 Rival = Callable[[int], Figures]  # measures once; told the round's number, from 0 on, as a seed
 
 
 @dataclass(frozen=True)
 class Row:
     """A ratio: one figure of one rival divided by a figure of another. at_most or at_least: what it must keep to; a row
-    without either is only told. number: under which it is known (F1 ...), or ""."""
+    without either is only told. number: under which it is known (F1 ...), or "". against "": no ratio, the
+    figure itself must keep to it.
+
+    Of times (p50, seconds: less is better) a row says at_most; how fast bytes come is told as bytes_per_s (more is
+    better), of which it says at_least."""
 
     what: str
     figure: str
@@ -36,7 +41,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Contest:
-    """Rivals that are measured in turns, and the rows that follow. stream and pinning: of pcshare's coordinator."""
+    """Rivals that are measured in turns, and the rows that follow. stream and pinning: of pcshare's coordinator.
+
+    needs: programs of other people's, as lab.TOOLS names them. huge_bytes: of huge pages that must be free meanwhile.
+    """
 
     name: str
     stream: str
@@ -44,7 +52,9 @@ class Contest:
     rivals: Mapping[str, Rival]
     rows: Sequence[Row]
     in_check: bool = False  # belongs to --check
-    rounds: int | None = None  # where one takes so long that fewer must do
+    rounds: int | None = None  # at most, where one takes long
+    needs: Sequence[str] = ()
+    huge_bytes: int = 0
 
 
 @dataclass
@@ -60,7 +70,7 @@ class Played:
     def results(self) -> Iterator[Result]:
         for row in self.contest.rows:
             ours = self.values(row.of, row.figure)
-            theirs = self.values(row.against, row.against_figure or row.figure)
+            theirs = self.values(row.against, row.against_figure or row.figure) if row.against else [1.0] * len(ours)
             yield Result(self.contest, row, ours, theirs)
 
 
@@ -75,8 +85,14 @@ class Result:
 
     @property
     def ratios(self) -> list[float]:
-        """Infinite where the other figure was 0 and ours was not."""
+        """Infinite where the other figure was 0 and ours was not; 1 where both were."""
         return [_ratio(a, b) for a, b in zip(self.ours, self.theirs, strict=True)]
+
+    @property
+    def name(self) -> str:
+        """The row in a few words, for messages."""
+        against = f" against {self.row.against}" if self.row.against else ""
+        return f"{self.row.number} {self.contest.name}: {self.row.what}{against}".lstrip()
 
     @property
     def median(self) -> float:
@@ -125,15 +141,20 @@ class Result:
             "against_figure": row.against_figure or row.figure,
             "ours": list(self.ours),
             "theirs": list(self.theirs),
-            "ratios": self.ratios,
-            "median": self.median,
-            "interval": [low, high],
+            "ratios": [_finite(ratio) for ratio in self.ratios],
+            "median": _finite(self.median),
+            "interval": [_finite(low), _finite(high)],
             "at_most": row.at_most,
             "at_least": row.at_least,
             "contains": row.contains,
             "met": self.is_met,
             "beyond": self.is_beyond,
         }
+
+
+def _finite(ratio: float) -> float | None:
+    """JSON has no infinity."""
+    return ratio if math.isfinite(ratio) else None
 
 
 def _ratio(ours: float, theirs: float) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pcshare.bench.contest import OURS, Contest, Figures, Rival, Row
-from pcshare.bench.lab import MIB, Lab
+from pcshare.bench.lab import ANY_CPU, MIB, ONLY_DEMAND, Lab
 
 DOES_NOT_MEASURE = "a source that is not at hand, several helpers at once, the stream, reading ahead"
 LENGTH = 64 * MIB
@@ -18,19 +18,19 @@ SAME, OTHER = "server on the same CPU", "server on another CPU"
 
 
 def contests(lab: Lab) -> Sequence[Contest]:
-    places = {"CPU 0": lab.cpus[0], "CPU 1": lab.other_cpu, "no CPU": -1}
+    places = {"CPU 0": lab.cpus[0], "CPU 1": lab.other_cpu, "no CPU": ANY_CPU}
     return [_contest(lab, place, cpu) for place, cpu in places.items()]
 
 
 def _contest(lab: Lab, place: str, cpu: int) -> Contest:
-    path = lab.file(LENGTH)
+    length, touches = lab.length(LENGTH), lab.count(TOUCHES)
 
     def ours(_: int) -> Figures:
-        with lab.coordinator(path, "lazy") as serving:
-            return lab.touch("walk", cpu, TOUCHES, f"pcshare:{serving.socket}")
+        with lab.coordinator(lab.file(length), **ONLY_DEMAND) as serving:
+            return lab.touch("walk", cpu, touches, f"pcshare:{serving.socket}")
 
     def limit(server_cpu: int) -> Rival:
-        return lambda _: lab.limit("server", "blocks", path, server_cpu, lab.cpus[0], TOUCHES)
+        return lambda _: lab.limit("server", "blocks", lab.file(length), server_cpu, lab.cpus[0], touches)
 
     return Contest(
         name=f"fault, helper on {place}",

@@ -16,7 +16,6 @@ import platform
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -26,18 +25,31 @@ from typing import Any
 
 import psutil
 
+from pcshare import admin
 from pcshare.errors import HostError, PcshareError
 from pcshare.launcher import Coordinator
+from pcshare.protocol import AdminOp
+from pcshare.sources import signals_blocked
 
 EXECUTABLES = Path(__file__).resolve().parent.parent / "_bin"
 MIB, GIB = 1 << 20, 1 << 30
 PAGE, HUGE_PAGE = 4096, 2 << 20
 WARM_BYTES = 6 * GIB
 WARM_PART = 3  # of what is available, one part in so many at most
+LENGTH_MIN = 2 * HUGE_PAGE
 FILE_SEED = 1
+ANY_CPU = -1  # not pinned: where the scheduler likes
 PR_SET_PDEATHSIG = 1
+MAP_HUGETLB = 0x40000
 START_TIMEOUT_S = 10.0
 PROGRAM_TIMEOUT_S = 300.0
+FILL_TIMEOUT_S = 300.0
+HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+COMPACT_MEMORY = Path("/proc/sys/vm/compact_memory")
+OTHER_FOLDER = Path("/var/tmp")  # where the usual one for temporary files is memory
+
+# Options of a coordinator that brings a page only when somebody touches it.
+ONLY_DEMAND: Mapping[str, Any] = {"stream": "lazy"}
 
 # Debian's packages, for the hint.
 TOOLS = {
@@ -51,16 +63,17 @@ TOOLS = {
 
 class Lab:
     """A folder with what a run needs, for as long as it lasts. folder: where the sources lie; None: the usual place for
-    temporary files."""
+    temporary files, if that is a disk. is_check: contests may take the shorter form that they have for a check. shrink:
+    they take this part of their lengths and counts, which is no measurement but shows that they run."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, *, is_check: bool = False, shrink: int = 1) -> None:
+        self.is_check = is_check
+        self.shrink = shrink
         self._closing = contextlib.ExitStack()
-        self.folder = Path(
-            self._closing.enter_context(tempfile.TemporaryDirectory(prefix="pcshare-bench-", dir=folder))
-        )
+        made = tempfile.TemporaryDirectory(prefix="pcshare-bench-", dir=folder or usual_folder())
+        self.folder = Path(self._closing.enter_context(made))
         self.cpus = sorted(os.sched_getaffinity(0))
         self._files: dict[int, Path] = {}
-        self._warm = warm_memory(min(WARM_BYTES, psutil.virtual_memory().available // WARM_PART))
 
     def __enter__(self) -> Lab:
         return self
@@ -69,8 +82,23 @@ class Lab:
         self.close()
 
     def close(self) -> None:
-        self._warm.close()
         self._closing.close()
+
+    def warm(self) -> None:
+        """Before the first measurement: memory that the host has given, and that it does not take back until close."""
+        self._closing.enter_context(warm_memory(min(WARM_BYTES, psutil.virtual_memory().available // WARM_PART)))
+
+    # -- how much
+
+    def length(self, full: int, check: int | None = None) -> int:
+        """Bytes of a source, whole huge pages of them. check: in the form for a check."""
+        wanted = check if check is not None and self.is_check else full
+        return max(wanted // self.shrink // HUGE_PAGE * HUGE_PAGE, LENGTH_MIN)
+
+    def count(self, full: int) -> int:
+        return max(full // self.shrink, 1)
+
+    # -- what the host must have
 
     @property
     def other_cpu(self) -> int:
@@ -81,10 +109,46 @@ class Lab:
 
     def need(self, *tools: str) -> None:
         """HostError where one of these programs is missing."""
-        missing = [tool for tool in tools if shutil.which(tool) is None]
+        missing = sorted({tool for tool in tools if shutil.which(tool) is None})
         if missing:
             packages = " ".join(sorted({TOOLS[tool] for tool in missing}))
             raise HostError(f"not installed: {', '.join(missing)}", hint=f"Debian, Ubuntu: apt-get install {packages}")
+
+    def need_huge_pages(self, length: int) -> None:
+        """HostError where so many bytes of huge pages are neither free nor ours to reserve."""
+        lacking = _lacking_huge_pages(length)
+        if lacking and not os.access(HUGE_PAGES / "nr_hugepages", os.W_OK):
+            wanted = _huge_pages("nr_hugepages") + lacking
+            raise HostError(f"{lacking} huge pages too few are free", hint=f"sudo sysctl vm.nr_hugepages={wanted}")
+
+    @contextlib.contextmanager
+    def huge_pages(self, length: int) -> Iterator[None]:
+        """So many bytes of huge pages are free and warm; what had to be reserved for that is given back in the end."""
+        if not length:
+            yield
+            return
+        self.need_huge_pages(length)
+        former, lacking = _huge_pages("nr_hugepages"), _lacking_huge_pages(length)
+        try:
+            if lacking:
+                _reserve_huge_pages(former + lacking)
+            _touch_huge_pages(length)
+            yield
+        finally:
+            with signals_blocked():
+                if lacking:
+                    (HUGE_PAGES / "nr_hugepages").write_text(str(former))
+
+    @contextlib.contextmanager
+    def pinned(self, cpu: int) -> Iterator[None]:
+        """What is started inside runs on that CPU alone; ANY_CPU: where it may."""
+        before = os.sched_getaffinity(0)
+        if cpu != ANY_CPU:
+            os.sched_setaffinity(0, {cpu})
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, before)
 
     # -- sources
 
@@ -95,6 +159,8 @@ class Lab:
             with path.open("wb") as file:
                 for at in range(0, length, MIB):
                     file.write(source.randbytes(min(MIB, length - at)))
+                file.flush()
+                os.fsync(file.fileno())  # else it is written out while something is measured
             self._files[length] = path
         path = self._files[length]
         _read_once(path)
@@ -104,13 +170,17 @@ class Lab:
     def nbdkit(self, *arguments: str) -> Iterator[str]:
         """An nbdkit on a Unix socket; yields its URI."""
         self.need("nbdkit")
-        path = self.folder / "nbd.sock"
-        with self.process(["nbdkit", "--foreground", "--unix", str(path), *arguments]):
-            wait_for(lambda: _accepts(path), "nbdkit's socket")
-            try:
+        path, ready = self.folder / "nbd.sock", self.folder / "nbd.pid"
+        command = ["nbdkit", "--foreground", f"--pidfile={ready}", "--unix", str(path), *arguments]
+        try:
+            with self.process(command) as server:
+                wait_for(lambda: server.poll() is not None or ready.exists(), "nbdkit's pid file")
+                if server.returncode is not None:
+                    raise PcshareError(f"nbdkit {' '.join(arguments)} ended with status {server.returncode}")
                 yield f"nbd+unix:///?socket={path}"
-            finally:
-                path.unlink(missing_ok=True)
+        finally:
+            for made in (path, ready):
+                made.unlink(missing_ok=True)
 
     # -- who is measured
 
@@ -121,26 +191,45 @@ class Lab:
         with Coordinator(blocks=blocks, stream=stream, **options) as serving:
             yield serving
 
-    def touch(self, *arguments: object) -> dict[str, float]:
-        """What `bench-touch` measured, by name."""
-        return self._program("bench-touch", arguments)
+    def start_stream(self, serving: Coordinator) -> None:
+        """Of a coordinator whose stream was paused."""
+        admin.send(str(serving.socket), AdminOp.STREAM_EAGER)
+
+    def touch(self, *arguments: object, at_start: Callable[[], None] | None = None) -> dict[str, float]:
+        """What `bench-touch` measured, by name. at_start: called when it has attached, before it touches anything."""
+        return self._program("bench-touch", arguments, at_start)
 
     def limit(self, *arguments: object) -> dict[str, float]:
         """What `bench-limit` measured, by name."""
         return self._program("bench-limit", arguments)
 
-    def _program(self, name: str, arguments: Sequence[object]) -> dict[str, float]:
-        command = [str(EXECUTABLES / name), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROGRAM_TIMEOUT_S)
-        if done.returncode != 0:
-            raise PcshareError(f"{' '.join([name, *command[1:]])} failed: {done.stderr.strip()}")
-        told: dict[str, float] = json.loads(done.stdout)
+    def crowd(self, *arguments: object) -> dict[str, float]:
+        """What `bench-crowd` measured, by name."""
+        return self._program("bench-crowd", arguments)
+
+    def _program(
+        self, name: str, arguments: Sequence[object], at_start: Callable[[], None] | None = None
+    ) -> dict[str, float]:
+        command = [str(EXECUTABLES / name), *(["-w"] if at_start else []), *map(str, arguments)]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        with self.process(command, bufsize=0, **pipes) as program:
+            assert program.stdout is not None
+            begun = program.stdout.read(1) if at_start else b""  # nothing, if it has failed
+            if at_start and begun:
+                at_start()
+            try:
+                out, problems = program.communicate(begun, timeout=PROGRAM_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                raise PcshareError(f"{name} did not end within {PROGRAM_TIMEOUT_S:g} s") from None
+        if program.returncode != 0:
+            raise PcshareError(f"{' '.join([name, *command[1:]])} failed: {problems.decode().strip()}")
+        told: dict[str, float] = json.loads(out)
         return told
 
     @contextlib.contextmanager
     def process(self, command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
         """Lives as long as the with block, and never longer than this process."""
-        with subprocess.Popen(command, preexec_fn=_die_with_parent, **options) as process:
+        with subprocess.Popen(command, preexec_fn=die_with_parent, **options) as process:
             try:
                 yield process
             finally:
@@ -193,13 +282,59 @@ def wait_for(is_there: Callable[[], bool], what: str, timeout_s: float = START_T
         time.sleep(0.002)
 
 
-def _accepts(path: Path) -> bool:
-    """A socket file is there before somebody listens."""
-    with socket.socket(socket.AF_UNIX) as tried:
-        return tried.connect_ex(str(path)) == 0
+def _touch_huge_pages(length: int) -> None:
+    """The host gives memory when it is touched first."""
+    with mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_HUGETLB) as held:
+        for offset in range(0, length, HUGE_PAGE):
+            held[offset] = 1
 
 
-def _die_with_parent() -> None:
+def usual_folder() -> Path:
+    """For sources. HostError: what usually is a disk is memory, where a file of gigabytes has no place."""
+    for folder in (Path(tempfile.gettempdir()), OTHER_FOLDER):
+        if folder.is_dir() and not _is_memory(folder):
+            return folder
+    raise HostError("the folders for temporary files are in memory", hint="name one on a disk with --folder")
+
+
+def _is_memory(folder: Path) -> bool:
+    device = folder.stat().st_dev
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, kind = line.partition(" - ")
+        if mount.split()[2] == f"{os.major(device)}:{os.minor(device)}":
+            return kind.split()[0] in ("tmpfs", "ramfs")
+    return False
+
+
+def _huge_pages(name: str) -> int:
+    return int((HUGE_PAGES / name).read_text())
+
+
+def _lacking_huge_pages(length: int) -> int:
+    """How many of 2 MiB, beside those that are free."""
+    if not length:
+        return 0
+    if not HUGE_PAGES.is_dir():
+        raise HostError("this kernel has no huge pages of 2 MiB", hint="use one with CONFIG_HUGETLBFS")
+    return max(length // HUGE_PAGE - (_huge_pages("free_hugepages") - _huge_pages("resv_hugepages")), 0)
+
+
+def _reserve_huge_pages(count: int) -> None:
+    """HostError: there is not so much memory in one piece."""
+    number = HUGE_PAGES / "nr_hugepages"
+    number.write_text(str(count))
+    if _huge_pages("nr_hugepages") < count:
+        COMPACT_MEMORY.write_text("1")
+        number.write_text(str(count))
+    found = _huge_pages("nr_hugepages")
+    if found < count:
+        raise HostError(
+            f"of {count} huge pages of 2 MiB the kernel found {found}", hint="free memory, or reserve them at boot"
+        )
+
+
+def die_with_parent() -> None:
+    """For preexec_fn."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

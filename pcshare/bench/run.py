@@ -63,23 +63,51 @@ def limits_of(name: str) -> str:
 
 
 def run(names: Sequence[str], rounds: int, folder: Path | None, tell: Progress, *, only_check: bool = False) -> Outcome:
-    """Plays every contest of these sub-benchmarks; with only_check those that belong to the check. HostError: a tool
-    that one of them needs is missing, told before anything is measured."""
+    """Plays every contest of these sub-benchmarks; with only_check those that belong to the check. HostError: the host
+    lacks what one of them needs, told before anything is measured."""
     outcome = Outcome(machine(), rounds)
     begin_s = time.monotonic()
-    with Lab(folder) as lab:
+    with Lab(folder, is_check=only_check) as lab:
         chosen = [contest for name in names for contest in contests_of(name, lab) if contest.in_check or not only_check]
+        lab.need(*(tool for contest in chosen for tool in contest.needs))
+        lab.need_huge_pages(max((contest.huge_bytes for contest in chosen), default=0))
+        tell("touching memory, so that it is there")
+        lab.warm()
+        count = _Count(sum(turns(contest, rounds) for contest in chosen), tell)
         for contest in chosen:
-            outcome.played.append(play(contest, contest.rounds or rounds, tell))
+            with lab.huge_pages(contest.huge_bytes):
+                outcome.played.append(play(contest, rounds, count.tell))
     outcome.seconds = time.monotonic() - begin_s
     outcome.machine["load_after"] = os.getloadavg()[0]
     return outcome
 
 
+@dataclass
+class _Count:
+    """Says before each turn which one of all it is."""
+
+    turns: int
+    tell_line: Progress
+    done: int = 0
+
+    def tell(self, line: str) -> None:
+        self.done += 1
+        self.tell_line(f"{self.done}/{self.turns} {line}")
+
+
+def rounds_of(contest: Contest, rounds: int) -> int:
+    return min(contest.rounds or rounds, rounds)
+
+
+def turns(contest: Contest, rounds: int) -> int:
+    return rounds_of(contest, rounds) * len(contest.rivals)
+
+
 def play(contest: Contest, rounds: int, tell: Progress) -> Played:
+    """Every rival once in each round; who is first takes turns."""
     played = Played(contest, {name: [] for name in contest.rivals})
-    for number in range(rounds):
+    for number in range(rounds_of(contest, rounds)):
         for name in sorted(contest.rivals, reverse=number % 2 == 1):
-            tell(f"{contest.name}: {name}, round {number + 1} of {rounds}")
+            tell(f"{contest.name}: {name}, round {number + 1}")
             played.figures[name].append(contest.rivals[name](number))
     return played

@@ -5,13 +5,15 @@ Here are the options and the exit code; what is measured, and how, is pcshare.be
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pcshare.cli.options import ending_signals_raise, json_option, print_json
-from pcshare.errors import EXIT_DONE, EXIT_FAILED
+from pcshare.errors import EXIT_DONE, EXIT_FAILED, UsageError
 
 if TYPE_CHECKING:
     from pcshare.bench.run import Outcome
@@ -27,7 +29,7 @@ NAMES = ("fault", "demand", "fill", "scan", "scale", "after", "peers")
 @click.option(
     "--folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Where source files are made; some gigabytes.  [default: for temporary files]",
+    help="Where source files are made; some gigabytes.  [default: /tmp, or /var/tmp where that is in memory]",
 )
 @click.option(
     "--report",
@@ -35,9 +37,22 @@ NAMES = ("fault", "demand", "fill", "scan", "scale", "after", "peers")
     metavar="FOLDER",
     help="Write tables and plots there (extra plots).",
 )
+@click.option(
+    "--from",
+    "measured",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Measure nothing: with --report, make tables and plots of the figures.json of an earlier run.",
+)
 @json_option
 def command(
-    names: tuple[str, ...], rounds: int | None, check: bool, folder: Path | None, report: Path | None, as_json: bool
+    names: tuple[str, ...],
+    rounds: int | None,
+    check: bool,
+    folder: Path | None,
+    report: Path | None,
+    measured: Path | None,
+    as_json: bool,
 ) -> int:
     """Measure how fast pcshare is here.
 
@@ -56,14 +71,21 @@ def command(
     A figure means something only where nothing else runs. Memory is touched before, some gigabytes of it.
 
     Exit status: 0 done; 1 with --check where a ratio lies beyond its limit in the whole interval over the runs; 3 a
-    tool that is needed is missing.
+    tool or huge pages that are needed are missing.
 
     \b
     Examples:
       pcshare bench fault
       pcshare bench --check --json
       pcshare bench --rounds 11 --report docs/performance
+      pcshare bench --from docs/performance/figures.json --report docs/performance
     """
+    if report is not None:
+        from pcshare.bench.report import need_plots
+
+        need_plots()
+    if measured is not None:
+        return _draw_again(measured, report)
     from pcshare.bench.run import NAMES as ALL
     from pcshare.bench.run import ROUNDS_CHECK, ROUNDS_DEFAULT, run
 
@@ -78,12 +100,26 @@ def command(
         )
     _tell(outcome, chosen, as_json)
     if report is not None:
-        from pcshare.bench.report import write
+        _write(outcome.to_json(), report)
+    return _verdict(outcome) if check else EXIT_DONE
 
-        for path in write(outcome, report):
-            click.echo(f"pcshare: wrote {path}", err=True)
-    beyond = [result for result in outcome.results() if result.is_beyond]
-    return EXIT_FAILED if check and beyond else EXIT_DONE
+
+def _draw_again(measured: Path, report: Path | None) -> int:
+    if report is None:
+        raise UsageError("--from needs --report, the folder for what is made of it")
+    try:
+        document = json.loads(measured.read_text())
+        _write(document, report)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{measured} is not the figures.json of a run: {error!r}") from error
+    return EXIT_DONE
+
+
+def _write(document: Mapping[str, Any], report: Path) -> None:
+    from pcshare.bench.report import write
+
+    for path in write(document, report):
+        click.echo(f"pcshare: wrote {path}", err=True)
 
 
 def _tell(outcome: Outcome, chosen: list[str], as_json: bool) -> None:
@@ -98,3 +134,11 @@ def _tell(outcome: Outcome, chosen: list[str], as_json: bool) -> None:
         console.print(f"{name} does not measure: {limits_of(name)}")
     if as_json:
         print_json(outcome.to_json())
+
+
+def _verdict(outcome: Outcome) -> int:
+    """In one line, which rows failed the check."""
+    beyond = [result.name for result in outcome.results() if result.is_beyond]
+    told = f"beyond their limits: {'; '.join(beyond)}" if beyond else "no ratio lies beyond its limit"
+    click.echo(f"pcshare: {told}", err=True)
+    return EXIT_FAILED if beyond else EXIT_DONE

@@ -325,9 +325,10 @@ def _link(number: int | None, kept: Kept, notifier_timeout_s: float) -> ParentLi
     from pcshare.coordinator.parent import ParentLink
     from pcshare.coordinator.takeover import PARENT
 
-    if PARENT in kept:
+    was_kept = PARENT in kept
+    if was_kept:
         number = kept.pop(PARENT)[0].detach()
-    return None if number is None else ParentLink(number, notifier_timeout_s)
+    return None if number is None else ParentLink(number, notifier_timeout_s, is_patient=not was_kept)
 
 
 def _say_ready(server: Server, as_json: bool) -> None:

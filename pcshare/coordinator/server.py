@@ -379,8 +379,7 @@ class Server:
         self._store.tell_ready()
         trace.step("ready")
         if self._parent is not None:
-            self._parent.send(
-                event="ready",
+            self._parent.tell_ready(
                 name=self.options.name,
                 pid=os.getpid(),
                 socket=path,

@@ -307,7 +307,7 @@ static void demand_done(struct page_request *request, int result)
     page_answered(demand, result);
     free(demand);
     if (__atomic_sub_fetch(&ft->demand_in_flight, 1, __ATOMIC_ACQ_REL) == 0)
-        stream_poke(ft);
+        stream_note_no_demand(ft);
     demand_ended(ft, asker, had_place, result == -ECANCELED); /* then its channel goes away: nothing more is asked */
 }
 

@@ -52,6 +52,11 @@ void stream_deinit(struct fault_threads *ft)
     pthread_mutex_destroy(&s->lock);
 }
 
+static int has_background(uint32_t mode)
+{
+    return mode != STATUS_STREAM_LAZY && mode != STATUS_STREAM_PAUSED;
+}
+
 void stream_poke(struct fault_threads *ft)
 {
     struct stream *s = &ft->stream;
@@ -61,12 +66,22 @@ void stream_poke(struct fault_threads *ft)
     pthread_mutex_unlock(&s->lock);
 }
 
+/* Waking the thread for nothing costs a fault on the same CPU as much as its own two switches. Who turns the background
+ * on, or adds a range, wakes it himself. */
+void stream_note_no_demand(struct fault_threads *ft)
+{
+    const struct stream *s = &ft->stream;
+
+    if (has_background(__atomic_load_n(&s->mode, __ATOMIC_SEQ_CST)) || __atomic_load_n(&s->ranges, __ATOMIC_SEQ_CST))
+        stream_poke(ft);
+}
+
 void stream_set(struct fault_threads *ft, uint32_t mode, uint64_t rate)
 {
     struct stream *s = &ft->stream;
 
     pthread_mutex_lock(&s->lock);
-    s->mode = mode;
+    __atomic_store_n(&s->mode, mode, __ATOMIC_SEQ_CST);
     s->rate = rate;
     s->next_allowed_ns = 0;
     pthread_cond_broadcast(&s->wake);
@@ -262,7 +277,7 @@ static int claim_for_background(struct fault_threads *ft, struct stream_piece *p
 /* Under a rate limit: how long the background has to wait before the next piece. */
 static uint64_t background_wait_ns(const struct stream *s, uint64_t now_ns)
 {
-    if (s->mode == STATUS_STREAM_LAZY || s->mode == STATUS_STREAM_PAUSED)
+    if (!has_background(s->mode))
         return forever_ns;
     return s->mode == STATUS_STREAM_RATE && s->next_allowed_ns > now_ns ? s->next_allowed_ns - now_ns : 0;
 }

@@ -86,5 +86,7 @@ void stream_wait_submitted(struct fault_threads *ft);
 /* Returns when nothing of the block is in flight or wanted. */
 void stream_drop_block(struct fault_threads *ft, const struct ramblock *block);
 void stream_poke(struct fault_threads *ft);
+/* The last page that was demanded of a source has come, or failed. */
+void stream_note_no_demand(struct fault_threads *ft);
 
 #endif
