@@ -15,6 +15,7 @@
 #include "remote_fd.h"
 #include "status_segment.h"
 #include "uffd.h"
+#include "working_set.h"
 
 enum {
     FAULT_THREADS_MAX = 64,
@@ -34,6 +35,7 @@ enum {
     EVENT_REMOTE_HUNG_UP = 64,    /* the control socket closed without LEAVE */
     EVENT_REMOTE_DISABLED = 128,  /* cut off: error, addr */
     EVENT_BLOCK_LATE = 256,       /* pages take longer than the fault timeout: error, offset of one; error 0: no longer */
+    EVENT_BLOCK_REPLAYED = 512, /* of what was to be replayed all is here that will come */
 };
 
 struct fault_event {
@@ -47,6 +49,13 @@ struct fault_event {
 enum {
     SOURCE_LOSS_PAUSE = 0,
     SOURCE_LOSS_POISON = 1,
+};
+
+/* Pages to be asked for. order: their place among the runs of all blocks. */
+struct replay_run {
+    uint64_t page;
+    uint32_t n_pages;
+    uint32_t order;
 };
 
 /* What is kept of an attachment for the coordinator after this one, at its slot in a file of these. */
@@ -104,6 +113,13 @@ int fault_threads_probe_remote(struct fault_threads *ft, uint32_t id);
 void fault_threads_set_stream(struct fault_threads *ft, uint32_t mode, uint64_t rate);
 /* Nothing is streamed before fault_threads_set_stream; the status goes on saying what it says. */
 void fault_threads_hold_stream(struct fault_threads *ft);
+/* Asks for these pages of a block, in this order, behind what helpers ask for and ahead of the background, in every mode:
+ * each run as few requests as the source's piece allows. EVENT_BLOCK_REPLAYED tells the end. Copied. -EINVAL: no runs,
+ * or pages that the block has not; -EBUSY: it has a replay. */
+int fault_threads_replay(struct fault_threads *ft, uint32_t block_index, const struct replay_run *runs,
+                         uint64_t n_runs);
+/* What the stream asks the block's source for at a time. */
+uint32_t fault_threads_piece_bytes(const struct fault_threads *ft, uint32_t block_index);
 /* How long a page that somebody waits for may take; 0: for ever. Then who waits goes on waiting and EVENT_BLOCK_LATE
  * tells; with SOURCE_LOSS_POISON the page is lost too, until it comes after all. Before the threads are started. */
 void fault_threads_set_fault_timeout(struct fault_threads *ft, uint64_t timeout_ms);
