@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -20,6 +21,8 @@ from pcshare.ramblock import RAMBlock
 FAULT_THREADS_DEFAULT_MAX = 4  # more wake more CPUs for each fault
 DEMANDS_IN_FLIGHT_MAX = int(lib.FAULT_DEMANDS_IN_FLIGHT_MAX)
 REQUESTS_IN_FLIGHT_MAX = int(lib.FAULT_REQUESTS_IN_FLIGHT_MAX)
+
+_RUN = struct.Struct("=QII")  # struct working_set_run, and struct replay_run
 
 
 class EventKind(IntEnum):
@@ -34,6 +37,7 @@ class EventKind(IntEnum):
     REMOTE_HUNG_UP = 64
     REMOTE_DISABLED = 128
     BLOCK_LATE = 256
+    BLOCK_REPLAYED = 512
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,37 @@ class FaultThreads:
     def hold_stream(self) -> None:
         """Nothing is streamed before set_stream; the status goes on saying what it says."""
         lib.fault_threads_hold_stream(self.pointer)
+
+    def record(self, fd: int, runs_max: int) -> None:
+        """Notes which pages helpers are the first to wait for, runs_max runs at most, in a file of memory, which may
+        hold what the coordinator before this one noted. Before there are blocks. RemoteProtocolError: it holds
+        something else."""
+        check(lib.fault_threads_record(self.pointer, fd, runs_max), "recording a working set")
+
+    def recorded(self, first: int) -> list[tuple[int, int, int]]:
+        """The runs from the first-th on: page, how many, block index. The last one may still grow."""
+        runs = ffi.new("const struct working_set_run **")
+        n_runs = lib.fault_threads_recorded(self.pointer, runs)
+        if n_runs <= first:
+            return []
+        return list(_RUN.iter_unpack(ffi.buffer(runs[0] + first, (n_runs - first) * _RUN.size)))
+
+    def note_runs(self, runs: Iterable[tuple[int, int, int]]) -> None:
+        """Notes runs (page, how many, block index) as if they were touched now."""
+        rows = b"".join(_RUN.pack(*run) for run in runs)
+        pointer = ffi.from_buffer("struct working_set_run[]", rows)
+        check(lib.fault_threads_note_runs(self.pointer, pointer, len(rows) // _RUN.size), "noting a working set")
+
+    def replay(self, index: int, runs: Iterable[tuple[int, int, int]]) -> None:
+        """Asks for runs of a block (page, how many, place among those of all blocks) ahead of the background. Ends with
+        BLOCK_REPLAYED."""
+        rows = b"".join(_RUN.pack(*run) for run in runs)
+        pointer = ffi.from_buffer("struct replay_run[]", rows)
+        check(lib.fault_threads_replay(self.pointer, index, pointer, len(rows) // _RUN.size), "replaying a working set")
+
+    def piece_bytes(self, index: int) -> int:
+        """What the stream asks the source of a block for at a time."""
+        return int(lib.fault_threads_piece_bytes(self.pointer, index))
 
     def add_remote(
         self,
