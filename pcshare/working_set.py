@@ -24,6 +24,7 @@ MAGIC = b"PCSHAREW"
 VERSION = 1
 BLOCKS_MAX = 1024  # STATUS_BLOCKS_MAX: a coordinator has no more
 RUNS_MAX = 4 << 20  # WORKING_SET_RUNS_MAX
+
 RUN_PAGES_MAX = (1 << 32) - 1  # a run's count has 32 bits in the core
 LENGTH_MAX = 1 << 56  # bytes of a block: more than an address space holds
 PAGE_SIZE_MIN, PAGE_SIZE_MAX = 4 << 10, 1 << 30
@@ -38,6 +39,9 @@ VARINT_BYTES_MAX = 9  # 63 bits
 GAP_PART = 32
 
 CURE = "record it anew: remove it, or name another file"
+
+PLACE_BITS = 23  # of a place among RUNS_MAX
+PLACE_MASK = (1 << PLACE_BITS) - 1
 
 _HEAD = struct.Struct("<8sII")  # magic, version, bytes of the body
 
@@ -334,17 +338,19 @@ def plan(runs: Runs, piece_pages: Mapping[int, int]) -> Plan:
 
 def _joined(runs: Runs, piece_pages: Mapping[int, int]) -> tuple[list[tuple[int, int, int, int]], int]:
     """(which in order, block, first page, end) of each, by block and page; and how many pages the runs name."""
-    by_block: dict[int, list[tuple[int, int, int]]] = {}
-    for place, (block, page, count) in enumerate(runs):
-        by_block.setdefault(block, []).append((page, place, page + count))
+    by_block: dict[int, list[int]] = {}  # a number for each run: sorting a million tuples takes seconds
+    for place, (block, page) in enumerate(zip(runs.block, runs.page, strict=True)):
+        by_block.setdefault(block, []).append(page << PLACE_BITS | place)
     joined: list[tuple[int, int, int, int]] = []
     n_pages = 0
-    for block, spans in by_block.items():
+    for block, keys in by_block.items():
         most, gap = piece_pages[block], piece_pages[block] // GAP_PART
-        spans.sort()
-        start, first, _ = spans[0]
+        keys.sort()
+        first, start = keys[0] & PLACE_MASK, keys[0] >> PLACE_BITS
         end = start
-        for page, place, until in spans:
+        for key in keys:
+            page, place = key >> PLACE_BITS, key & PLACE_MASK
+            until = page + runs.count[place]
             n_pages += max(0, until - max(page, end))
             if until > end and (page > end + gap or until - start > most) and end > start:
                 joined.append((first, block, start, end))
@@ -360,11 +366,7 @@ def _joined(runs: Runs, piece_pages: Mapping[int, int]) -> tuple[list[tuple[int,
 def read(path: str) -> WorkingSet:
     """WorkingSetError names the file, what is wrong and the cure; FileNotFoundError: it is not there."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise WorkingSetError(f"{path} is no file", hint="name the file of a working set")
-            content = file.read(FILE_BYTES_MAX + 1)
+        content = _content(path)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -377,6 +379,18 @@ def read(path: str) -> WorkingSet:
         return parse(content)
     except WorkingSetError as error:
         raise WorkingSetError(f"cannot use {path} as a working set: {error.message}", hint=CURE) from None
+
+
+def _content(path: str) -> bytes:
+    """Of a regular file, and no more than one byte too many: a pipe is not waited for."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise WorkingSetError(f"{path} is no file", hint="name the file of a working set")
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(FILE_BYTES_MAX + 1)
+    finally:
+        os.close(fd)
 
 
 def check_target(path: str) -> None:
