@@ -22,7 +22,7 @@ FAULT_THREADS_DEFAULT_MAX = 4  # more wake more CPUs for each fault
 DEMANDS_IN_FLIGHT_MAX = int(lib.FAULT_DEMANDS_IN_FLIGHT_MAX)
 REQUESTS_IN_FLIGHT_MAX = int(lib.FAULT_REQUESTS_IN_FLIGHT_MAX)
 
-_RUN = struct.Struct("=QII")  # struct working_set_run, and struct replay_run
+_RUN = struct.Struct("=QII")  # struct working_set_run
 
 
 class EventKind(IntEnum):
@@ -142,12 +142,12 @@ class FaultThreads:
         pointer = ffi.from_buffer("struct working_set_run[]", rows)
         check(lib.fault_threads_note_runs(self.pointer, pointer, len(rows) // _RUN.size), "noting a working set")
 
-    def replay(self, index: int, runs: Iterable[tuple[int, int, int]]) -> None:
-        """Asks for runs of a block (page, how many, place among those of all blocks) ahead of the background. Ends with
-        BLOCK_REPLAYED."""
+    def replay(self, runs: Iterable[tuple[int, int, int]]) -> None:
+        """Asks for runs (page, how many, block index) in this order, ahead of the background. Ends with BLOCK_REPLAYED
+        for each block that has one."""
         rows = b"".join(_RUN.pack(*run) for run in runs)
-        pointer = ffi.from_buffer("struct replay_run[]", rows)
-        check(lib.fault_threads_replay(self.pointer, index, pointer, len(rows) // _RUN.size), "replaying a working set")
+        pointer = ffi.from_buffer("struct working_set_run[]", rows)
+        check(lib.fault_threads_replay(self.pointer, pointer, len(rows) // _RUN.size), "replaying a working set")
 
     def piece_bytes(self, index: int) -> int:
         """What the stream asks the source of a block for at a time."""

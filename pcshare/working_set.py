@@ -24,7 +24,6 @@ MAGIC = b"PCSHAREW"
 VERSION = 1
 BLOCKS_MAX = 1024  # STATUS_BLOCKS_MAX: a coordinator has no more
 RUNS_MAX = 4 << 20  # WORKING_SET_RUNS_MAX
-
 RUN_PAGES_MAX = (1 << 32) - 1  # a run's count has 32 bits in the core
 LENGTH_MAX = 1 << 56  # bytes of a block: more than an address space holds
 PAGE_SIZE_MIN, PAGE_SIZE_MAX = 4 << 10, 1 << 30
@@ -315,25 +314,17 @@ def fit(working_set: WorkingSet, served: Mapping[int, SetBlock]) -> tuple[Runs, 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be asked for. runs: by block index; each first page, how many, place in the order of all.
-    n_pages: those that were recorded; what lies between them comes beside."""
+    """What is to be asked for, in order. n_pages: those that were recorded; what lies between them comes beside."""
 
     n_pages: int
-    runs: dict[int, list[tuple[int, int, int]]]
-
-    @property
-    def n_runs(self) -> int:
-        return sum(len(runs) for runs in self.runs.values())
+    runs: list[Run]
 
 
 def plan(runs: Runs, piece_pages: Mapping[int, int]) -> Plan:
     """The order of the first touches, with neighbours in one request: runs that lie close together become one, which
     takes the place of the earliest of them. piece_pages: the most that one request is for, by block index."""
     joined, n_pages = _joined(runs, piece_pages)
-    planned: dict[int, list[tuple[int, int, int]]] = {}
-    for order, (_, block, page, end) in enumerate(sorted(joined)):
-        planned.setdefault(block, []).append((page, end - page, order))
-    return Plan(n_pages, planned)
+    return Plan(n_pages, [(block, page, end - page) for _, block, page, end in sorted(joined)])
 
 
 def _joined(runs: Runs, piece_pages: Mapping[int, int]) -> tuple[list[tuple[int, int, int, int]], int]:

@@ -153,11 +153,10 @@ class WorkingSets:
         if self._options.record and self._is_new:  # what is recorded goes on from there
             self._fault_threads.note_runs((page, count, index) for index, page, count in runs)
         planned = working_set.plan(runs, self._pieces)
-        log.warning("replaying %s pages in %s runs from %s", f"{planned.n_pages:,}", f"{planned.n_runs:,}", path)
+        log.warning("replaying %s pages in %s runs from %s", f"{planned.n_pages:,}", f"{len(planned.runs):,}", path)
         self._replay_began_s = time.monotonic()
-        self._replaying = set(planned.runs) - self._ended
-        for index in tuple(self._replaying):
-            self._fault_threads.replay(index, planned.runs[index])
+        self._replaying = {index for index, *_ in planned.runs} - self._ended
+        self._fault_threads.replay((page, count, index) for index, page, count in planned.runs)
 
     def block_replayed(self, index: int) -> None:
         """The core has told so; or the block is complete."""

@@ -25,6 +25,12 @@ enum {
 };
 
 /* Pages that the stream asks for first: see stream_replay.h. */
+struct replay_run {
+    uint64_t page;
+    uint32_t n_pages;
+    uint32_t order; /* among the runs of all blocks */
+};
+
 struct stream_replay {
     struct served_block *next_block; /* in the stream's list of blocks that have one */
     struct replay_run *runs;         /* NULL: none */
@@ -204,6 +210,8 @@ void send_done(struct fault_threads *ft, struct remote_fd *remote, uint32_t cook
                uint64_t length);
 
 /* working_set.c */
+/* The block that has these pages, or NULL. */
+struct served_block *working_set_block_of(const struct fault_threads *ft, const struct working_set_run *run);
 /* A helper waits for these pages, or they came in one request with a page that it waits for. Any thread. */
 void working_set_note(struct fault_threads *ft, const struct ramblock *block, uint64_t page, uint64_t n_pages);
 void working_set_init(struct working_set *set);

@@ -51,13 +51,6 @@ enum {
     SOURCE_LOSS_POISON = 1,
 };
 
-/* Pages to be asked for. order: their place among the runs of all blocks. */
-struct replay_run {
-    uint64_t page;
-    uint32_t n_pages;
-    uint32_t order;
-};
-
 /* What is kept of an attachment for the coordinator after this one, at its slot in a file of these. */
 struct kept_maps {
     uint32_t block_index;
@@ -113,11 +106,10 @@ int fault_threads_probe_remote(struct fault_threads *ft, uint32_t id);
 void fault_threads_set_stream(struct fault_threads *ft, uint32_t mode, uint64_t rate);
 /* Nothing is streamed before fault_threads_set_stream; the status goes on saying what it says. */
 void fault_threads_hold_stream(struct fault_threads *ft);
-/* Asks for these pages of a block, in this order, behind what helpers ask for and ahead of the background, in every mode:
- * each run as few requests as the source's piece allows. EVENT_BLOCK_REPLAYED tells the end. Copied. -EINVAL: no runs,
- * or pages that the block has not; -EBUSY: it has a replay. */
-int fault_threads_replay(struct fault_threads *ft, uint32_t block_index, const struct replay_run *runs,
-                         uint64_t n_runs);
+/* Asks for these pages, in this order, behind what helpers ask for and ahead of the background, in every mode: each run
+ * in as few requests as the source's piece allows. EVENT_BLOCK_REPLAYED tells the end for each block that has one.
+ * Copied. -EINVAL: pages that there are not; -EBUSY: a replay is under way. */
+int fault_threads_replay(struct fault_threads *ft, const struct working_set_run *runs, uint64_t n_runs);
 /* What the stream asks the block's source for at a time. */
 uint32_t fault_threads_piece_bytes(const struct fault_threads *ft, uint32_t block_index);
 /* How long a page that somebody waits for may take; 0: for ever. Then who waits goes on waiting and EVENT_BLOCK_LATE

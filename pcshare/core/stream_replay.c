@@ -23,40 +23,67 @@ static void unlink_replay(struct stream *s, struct served_block *served)
     served->replay = (struct stream_replay){0};
 }
 
-static int are_pages_of(const struct ramblock *block, const struct replay_run *runs, uint64_t n_runs)
+static void append_run(struct stream_replay *replay, const struct working_set_run *run, uint64_t order)
 {
-    for (uint64_t i = 0; i < n_runs; i++)
-        if (!runs[i].n_pages || runs[i].page >= block->page_count ||
-            runs[i].n_pages > block->page_count - runs[i].page)
-            return 0;
-    return n_runs > 0;
+    replay->runs[replay->n_runs++] =
+        (struct replay_run){.page = run->page, .n_pages = run->n_pages, .order = (uint32_t)order};
 }
 
-int fault_threads_replay(struct fault_threads *ft, uint32_t block_index, const struct replay_run *runs, uint64_t n_runs)
+/* Each block its runs: made[i] for the i-th block, whose runs are NULL where it has none. */
+static int make_replays(const struct fault_threads *ft, const struct working_set_run *runs, uint64_t n_runs,
+                        struct stream_replay *made)
 {
-    struct served_block *served = block_index < STATUS_BLOCKS_MAX ? ft->blocks[block_index] : NULL;
+    if (n_runs > UINT32_MAX)
+        return -EINVAL;
+    for (uint64_t i = 0; i < n_runs; i++) {
+        if (!working_set_block_of(ft, &runs[i]))
+            return -EINVAL;
+        made[runs[i].block_index].n_runs++;
+    }
+    for (uint32_t i = 0; i < STATUS_BLOCKS_MAX; i++) {
+        if (!made[i].n_runs)
+            continue;
+        made[i].runs = malloc(made[i].n_runs * sizeof(*made[i].runs));
+        if (!made[i].runs)
+            return -ENOMEM;
+        made[i].n_runs = 0;
+    }
+    for (uint64_t i = 0; i < n_runs; i++)
+        append_run(&made[runs[i].block_index], &runs[i], i);
+    return 0;
+}
+
+static void link_replays(struct fault_threads *ft, struct stream_replay *made)
+{
     struct stream *s = &ft->stream;
 
-    if (!served)
-        return -ENOENT;
-    if (!are_pages_of(served->block, runs, n_runs))
-        return -EINVAL;
-    struct replay_run *copy = malloc(n_runs * sizeof(*runs));
-    if (!copy)
-        return -ENOMEM;
-    memcpy(copy, runs, n_runs * sizeof(*runs));
-    pthread_mutex_lock(&s->lock);
-    int is_taken = served->replay.runs != NULL;
-    if (!is_taken) {
-        served->replay = (struct stream_replay){
-            .runs = copy, .n_runs = n_runs, .issue = copy[0].page, .next_block = s->replays};
-        s->replays = served;
-        pthread_cond_broadcast(&s->wake);
+    for (uint32_t i = 0; i < STATUS_BLOCKS_MAX; i++) {
+        if (!made[i].runs)
+            continue;
+        made[i].issue = made[i].runs[0].page;
+        made[i].next_block = s->replays;
+        s->replays = ft->blocks[i];
+        ft->blocks[i]->replay = made[i];
+        made[i].runs = NULL;
     }
-    pthread_mutex_unlock(&s->lock);
-    if (is_taken)
-        free(copy);
-    return is_taken ? -EBUSY : 0;
+    pthread_cond_broadcast(&s->wake);
+}
+
+int fault_threads_replay(struct fault_threads *ft, const struct working_set_run *runs, uint64_t n_runs)
+{
+    struct stream_replay *made = calloc(STATUS_BLOCKS_MAX, sizeof(*made));
+    int rc = made ? make_replays(ft, runs, n_runs, made) : -ENOMEM;
+
+    pthread_mutex_lock(&ft->stream.lock);
+    if (rc == 0 && ft->stream.replays)
+        rc = -EBUSY;
+    if (rc == 0)
+        link_replays(ft, made); /* all at once: their order counts from the first on */
+    pthread_mutex_unlock(&ft->stream.lock);
+    for (uint32_t i = 0; made && i < STATUS_BLOCKS_MAX; i++)
+        free(made[i].runs);
+    free(made);
+    return rc;
 }
 
 uint32_t fault_threads_piece_bytes(const struct fault_threads *ft, uint32_t block_index)

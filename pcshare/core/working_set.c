@@ -135,22 +135,22 @@ void working_set_note(struct fault_threads *ft, const struct ramblock *block, ui
     note_range(set, noted, block->index, page, page + n_pages);
 }
 
-static const struct ramblock *block_with(const struct fault_threads *ft, const struct working_set_run *run)
+struct served_block *working_set_block_of(const struct fault_threads *ft, const struct working_set_run *run)
 {
-    const struct served_block *served = run->block_index < STATUS_BLOCKS_MAX ? ft->blocks[run->block_index] : NULL;
-    const struct ramblock *block = served ? served->block : NULL;
-    int is_in = block && run->n_pages && run->page < block->page_count && run->n_pages <= block->page_count - run->page;
+    struct served_block *served = run->block_index < STATUS_BLOCKS_MAX ? ft->blocks[run->block_index] : NULL;
+    uint64_t page_count = served ? served->block->page_count : 0;
+    int is_in = run->n_pages && run->page < page_count && run->n_pages <= page_count - run->page;
 
-    return is_in ? block : NULL;
+    return is_in ? served : NULL;
 }
 
 int fault_threads_note_runs(struct fault_threads *ft, const struct working_set_run *runs, uint64_t n_runs)
 {
     for (uint64_t i = 0; i < n_runs; i++) {
-        const struct ramblock *block = block_with(ft, &runs[i]);
-        if (!block)
+        const struct served_block *served = working_set_block_of(ft, &runs[i]);
+        if (!served)
             return -EINVAL;
-        working_set_note(ft, block, runs[i].page, runs[i].n_pages);
+        working_set_note(ft, served->block, runs[i].page, runs[i].n_pages);
     }
     return 0;
 }
@@ -187,8 +187,8 @@ void working_set_know_kept(struct fault_threads *ft)
     uint64_t n_runs = fault_threads_recorded(ft, &runs);
 
     for (uint64_t i = 0; i < n_runs; i++) {
-        const struct ramblock *block = block_with(ft, &runs[i]);
-        if (block && ft->working_set.noted[block->index])
-            bitmap_set_range(ft->working_set.noted[block->index], runs[i].page, runs[i].page + runs[i].n_pages);
+        uint64_t *noted = working_set_block_of(ft, &runs[i]) ? ft->working_set.noted[runs[i].block_index] : NULL;
+        if (noted)
+            bitmap_set_range(noted, runs[i].page, runs[i].page + runs[i].n_pages);
     }
 }
