@@ -8,6 +8,7 @@ import os
 import random
 import stat
 import struct
+import subprocess
 import zlib
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core_support import WAIT_S, compile_c
 from pcshare import working_set
 from pcshare.core import lib
 from pcshare.errors import UsageError, WorkingSetError
@@ -358,3 +360,32 @@ def test_only_a_working_set_is_ever_overwritten(tmp_path: Path) -> None:
         working_set.check_target(str(tmp_path))
     with pytest.raises(UsageError, match="no file can be made there"):
         working_set.check_target("/no/such/folder/ws")
+
+
+# ---- what the core notes ----
+
+
+SANITIZERS = {"plain": None, "asan": "address,undefined", "tsan": "thread"}
+CASES = (
+    "each_page_once_in_the_order_of_the_touches",
+    "range_is_what_is_new_of_it",
+    "what_was_kept_goes_on_and_is_not_noted_again",
+    "no_more_than_there_may_be",
+    "nothing_is_noted_where_nothing_is_recorded",
+    "each_page_once_between_threads",
+)
+
+
+@pytest.fixture(scope="module", params=sorted(SANITIZERS))
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("c") / f"working_set_test_{request.param}"
+    return compile_c(target, "working_set_test.c", ["working_set.c", "bitmap.c"], SANITIZERS[request.param])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_notes_of_the_core(program: Path, case: str) -> None:
+    """c/working_set_test.c, a case a run, also under the sanitizers."""
+    done = subprocess.run(
+        ["setarch", "-R", str(program), case], capture_output=True, text=True, timeout=WAIT_S * 2, check=False
+    )
+    assert done.returncode == 0, done.stderr
