@@ -315,6 +315,25 @@ def test_start_that_fails_leaves_the_old_set(runtime_dir: Path, data_file: Path,
     assert pages_in(ws) == [700]
 
 
+def test_file_that_cannot_be_written_is_said_at_the_start(
+    runtime_dir: Path, data_file: Path, ws: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not at the end of a day."""
+
+    def fail(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    write_set(ws, [(0, 700, 1)])
+    with (
+        pytest.raises(WorkingSetError, match=f"cannot write the working set {ws}: No space left"),
+        serving(f"data={data_file}", record=str(ws)),
+    ):
+        pass
+    assert pages_in(ws) == [700]
+    assert os.listdir(ws.parent) == ["ws"]
+
+
 # ---- what is served differs from what was recorded ----
 
 
@@ -593,18 +612,22 @@ def test_block_goes_in_the_middle_of_its_replay(rig: Rig) -> None:
 
 @pytest.mark.parametrize("run", [(0, 0, 0), (1000, 1, 0), (5, 996, 0), (2**64 - 1, 2, 0), (0, 1, 1), (0, 1, 1024)])
 def test_pages_that_are_not_there_are_neither_replayed_nor_noted(rig: Rig, run: Run) -> None:
-    rig.add_pushed(PushSource(), 1000)
+    source = PushSource()  # lives as long as the block
+    rig.add_pushed(source, 1000)
     rig.threads.start([-1])
     for refuses in (rig.threads.replay, rig.threads.note_runs):
         with pytest.raises(pcshare.errors.PcshareError) as caught:
             refuses([(7, 1, 0), run])
         assert caught.value.errno == errno.EINVAL
+    assert source.asked() == []
 
 
 def test_replay_beside_a_replay_is_refused(rig: Rig) -> None:
-    rig.add_pushed(PushSource(), 1000)
+    source = PushSource()  # lives as long as the block
+    rig.add_pushed(source, 1000)
     rig.threads.start([-1])
     rig.threads.replay([(7, 1, 0)])
+    source.wait_until_asked((7, 1))
     with pytest.raises(pcshare.errors.PcshareError) as caught:
         rig.threads.replay([(8, 1, 0)])
     assert caught.value.errno == errno.EBUSY

@@ -165,7 +165,6 @@ class Server:
         else:
             self._make_blocks()
         self.working_sets.begin(self.blocks)
-        self._closing.callback(self.working_sets.close)  # before the fault threads
         self._set_stream(before is not None)
         self._listen(path, before.take(LISTENER) if before else None)
         if options.exports:
@@ -173,6 +172,7 @@ class Server:
             self._watch(self.exports, self.exports.handle)
         if self.incoming is None or any(self.blocks):
             self._blocks_are_served()
+        self.working_sets.start()  # last: a start that fails leaves an old file as it is
         self._tell_ready(path)
 
     def _blocks_are_served(self) -> None:
@@ -226,6 +226,9 @@ class Server:
         self.fault_threads = FaultThreads(self._segment.header)
         self._closing.callback(self.fault_threads.close)
         self._closing.callback(self.blocks.close)
+        self._closing.callback(
+            self.working_sets.close
+        )  # when nobody can touch anything any more, and all is still there
         self.fault_threads.set_fault_timeout(options.fault_timeout_s)
         self.working_sets.record_to(self.fault_threads)
         self.fault_threads.hold_stream()  # not before every block is there; we may yet die on the way

@@ -98,7 +98,7 @@ class WorkingSets:
         fault_threads.record(self._memory.fileno(), working_set.RUNS_MAX)
 
     def begin(self, blocks: Iterable[Block]) -> None:
-        """All blocks are there: what is replayed is asked for, and what is recorded is written from now on."""
+        """All blocks are there, and nothing is streamed yet: what is replayed is asked for."""
         if not self._options.record and not self._options.replay:
             return
         self._blocks = {
@@ -114,6 +114,9 @@ class WorkingSets:
         if self._loaded is not None:
             self._replay(self._loaded)
         self._loaded = None
+
+    def start(self) -> None:
+        """What is recorded is written from now on. WorkingSetError: it cannot be."""
         if self._options.record and self._is_new:
             self._save()  # also where nothing is touched; and better refused now than at the end
         if self._options.record or (self._options.replay and self._reads_late):
