@@ -574,6 +574,34 @@ def test_demand_goes_ahead_of_two_hundred_thousand_runs(rig: Rig) -> None:
         control.close()
 
 
+@pytest.mark.parametrize(
+    ("runs", "asked"),
+    [
+        ([(100, 1), (200, 1), (300, 1), (400, 1), (500, 1)], [(100, 1), (200, 1), (300, 1), (400, 1)]),
+        ([(100, 16), (200, 1)], [(100, 16)]),
+        ([(100, 10), (200, 10), (300, 1)], [(100, 10), (200, 6)]),
+    ],
+)
+def test_beside_a_demand_there_are_more_small_requests_and_no_more_pages(
+    rig: Rig, runs: list[tuple[int, int]], asked: list[tuple[int, int]]
+) -> None:
+    """Than in the one piece of 64 KiB that this source is asked for meanwhile."""
+    source = PushSource()
+    source.channel.stream_piece_count_demand = 1
+    ram = rig.add_pushed(source, 1000)
+    rig.threads.start([-1])
+    with child(ram.helper_memfd(writing=False), ram.map_length, features=THREAD_ID) as helper:
+        number, control = rig.add_remote(ram, helper)
+        helper.tell(f"touch {5 * PAGE}")
+        source.wait_until_asked((5, 1))
+        rig.threads.replay((page, count, 0) for page, count in runs)
+        source.wait_until_asked((5, 1), *asked)
+        assert rig.push(5, page_of(b"right", 0), demand=True) == (0, 1)
+        assert helper.answer()[0] == ord("r")
+        rig.threads.remove_remote(number)
+        control.close()
+
+
 def test_runs_whose_pages_are_here_are_passed_by_without_a_request(rig: Rig) -> None:
     """All but the last of two hundred thousand."""
     n_runs, source = 200_000, PushSource()
@@ -598,6 +626,21 @@ def test_block_whose_source_does_not_answer_keeps_no_other_waiting(rig: Rig) -> 
     assert rig.push(7, 3, index=1) == (0, 3)
     quick.answer(1)
     assert rig.wait_for_event(EventKind.BLOCK_REPLAYED).block_index == 1
+
+
+def test_last_run_that_fails_is_asked_for_again_when_the_block_is_resumed(rig: Rig) -> None:
+    source = PushSource()
+    rig.add_pushed(source, 1000)
+    rig.threads.start([-1])
+    rig.threads.replay([(7, 3, 0)])
+    source.wait_until_asked((7, 3))
+    source.answer(-errno.EIO)
+    rig.wait_for_event(EventKind.BLOCK_SOURCE_ERROR)
+    rig.threads.resume_block(0)
+    source.wait_until_asked((7, 3))
+    assert rig.push(7, 3) == (0, 3)
+    source.answer(1)
+    rig.wait_for_event(EventKind.BLOCK_REPLAYED)
 
 
 def test_block_goes_in_the_middle_of_its_replay(rig: Rig) -> None:
