@@ -651,6 +651,10 @@ def test_block_goes_in_the_middle_of_its_replay(rig: Rig) -> None:
     source.wait_until_asked((0, 1), (2, 1), (4, 1), (6, 1))
     rig.remove_block(0)
     assert [event for event in rig.events() if event.kind is EventKind.BLOCK_REPLAYED] == []
+    other = PushSource()
+    rig.add_pushed(other, 1000)
+    rig.threads.replay([(3, 1, 0)])  # nothing of the one before is in its way
+    other.wait_until_asked((3, 1))
 
 
 @pytest.mark.parametrize("run", [(0, 0, 0), (1000, 1, 0), (5, 996, 0), (2**64 - 1, 2, 0), (0, 1, 1), (0, 1, 1024)])
