@@ -97,6 +97,10 @@ class MigrationError(SourceError):
         self.offset = offset
 
 
+class WorkingSetError(PcshareError):
+    """The file of a working set cannot be read or written, or is none."""
+
+
 class NameInUse(PcshareError):
     """A coordinator of that name lives, or a dead one left things behind; the message says which."""
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -28,6 +29,8 @@ WAKE_COST_ROUNDS = 40  # some milliseconds
 DEMANDS_IN_FLIGHT_MAX = int(lib.FAULT_DEMANDS_IN_FLIGHT_MAX)
 REQUESTS_IN_FLIGHT_MAX = int(lib.FAULT_REQUESTS_IN_FLIGHT_MAX)
 
+_RUN = struct.Struct("=QII")  # struct working_set_run
+
 
 class EventKind(IntEnum):
     """What the core tells."""
@@ -41,6 +44,7 @@ class EventKind(IntEnum):
     REMOTE_HUNG_UP = 64
     REMOTE_DISABLED = 128
     BLOCK_LATE = 256
+    BLOCK_REPLAYED = 512
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,37 @@ class FaultThreads:
     def hold_stream(self) -> None:
         """Nothing is streamed before set_stream; the status goes on saying what it says."""
         lib.fault_threads_hold_stream(self.pointer)
+
+    def record(self, fd: int, runs_max: int) -> None:
+        """Notes which pages helpers are the first to wait for, runs_max runs at most, in a file of memory, which may
+        hold what the coordinator before this one noted. Before there are blocks. RemoteProtocolError: it holds
+        something else."""
+        check(lib.fault_threads_record(self.pointer, fd, runs_max), "recording a working set")
+
+    def recorded(self, first: int) -> list[tuple[int, int, int]]:
+        """The runs from the first-th on: page, how many, block index. The last one may still grow."""
+        runs = ffi.new("const struct working_set_run **")
+        n_runs = lib.fault_threads_recorded(self.pointer, runs)
+        if n_runs <= first:
+            return []
+        return list(_RUN.iter_unpack(ffi.buffer(runs[0] + first, (n_runs - first) * _RUN.size)))
+
+    def note_runs(self, runs: Iterable[tuple[int, int, int]]) -> None:
+        """Notes runs (page, how many, block index) as if they were touched now."""
+        rows = b"".join(_RUN.pack(*run) for run in runs)
+        pointer = ffi.from_buffer("struct working_set_run[]", rows)
+        check(lib.fault_threads_note_runs(self.pointer, pointer, len(rows) // _RUN.size), "noting a working set")
+
+    def replay(self, runs: Iterable[tuple[int, int, int]]) -> None:
+        """Asks for runs (page, how many, block index) in this order, ahead of the background. Ends with BLOCK_REPLAYED
+        for each block that has one."""
+        rows = b"".join(_RUN.pack(*run) for run in runs)
+        pointer = ffi.from_buffer("struct working_set_run[]", rows)
+        check(lib.fault_threads_replay(self.pointer, pointer, len(rows) // _RUN.size), "replaying a working set")
+
+    def piece_bytes(self, index: int) -> int:
+        """What the stream asks the source of a block for at a time."""
+        return int(lib.fault_threads_piece_bytes(self.pointer, index))
 
     def add_remote(
         self,

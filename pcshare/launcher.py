@@ -122,12 +122,13 @@ class Coordinator:
             array = coordinator.attach("data").asarray()
 
     blocks: {block: source}, or "BLOCK=SOURCE" or "SOURCE" texts as on the command line. stream: "eager", "lazy",
-    "paused", or bytes a second such as "200M". page_size: "4K", "2M", "auto", or bytes. exports: addresses on which the
-    blocks are given out over NBD, a path with a "/", HOST:PORT, or :PORT of this host alone; the attribute has them as
-    bound. keeper: whether a coordinator that is killed is started again. read_ahead: how far a thread that reads on is
-    kept ahead of, bytes or "1M", 0 or "off": not at all. strict: each page is looked at before a helper reads
-    it. on_event is called in a thread of its own; for PROBE
-    a text it returns, or an exception, is a veto with that reason.
+    "paused", or bytes a second such as "200M"; None: eager, but lazy where a first working set is recorded. record,
+    replay: files for what helpers touch first, and of what is to come first. page_size: "4K", "2M", "auto", or bytes.
+    exports: addresses on which the blocks are given out over NBD, a path with a "/", HOST:PORT, or :PORT of this host
+    alone; the attribute has them as bound. keeper: whether a coordinator that is killed is started again. read_ahead:
+    how far a thread that reads on is kept ahead of, bytes or "1M", 0 or "off": not at all. strict: each page is looked
+    at before a helper reads it. on_event is called in a thread of its own; for PROBE a text it returns, or an
+    exception, is a veto with that reason.
     Errors: what the coordinator refused, as the class of pcshare.errors that fits.
     """
 
@@ -136,7 +137,7 @@ class Coordinator:
         name: str | None = None,
         blocks: Mapping[str, str] | Sequence[str] | str = (),
         *,
-        stream: str = "eager",
+        stream: str | None = None,
         page_size: str | int = "4K",
         writable: Iterable[str] = (),
         on_source_loss: str = "pause",
@@ -155,15 +156,15 @@ class Coordinator:
         fault_timeout_s: float = 0.0,
         read_ahead: str | int = "1M",
         strict: bool = False,
+        record: str | os.PathLike[str] | None = None,
+        replay: str | os.PathLike[str] | None = None,
     ) -> None:
         self.name = _unique_name() if name is None else runtime.check_name(name)
         self.pid: int | None = None
         self.socket: str | None = None
         self.exports: tuple[str, ...] = ()
-        _check_stream(stream)
         self._sources = _source_arguments(blocks)
         self._options = [
-            f"--stream={stream}",
             f"--page-size={page_size}",
             f"--on-source-loss={on_source_loss}",
             f"--source-timeout={source_timeout_s:f}s",
@@ -175,6 +176,9 @@ class Coordinator:
             *(f"--allow-gid={gid}" for gid in allow_gid),
             *(f"--export={address}" for address in _each(exports)),
         ]
+        if stream is not None:
+            _check_stream(stream)
+            self._options.append(f"--stream={stream}")
         if not keeper:
             self._options.append("--no-keeper")
         if helpers_max is not None:
@@ -185,8 +189,8 @@ class Coordinator:
             self._options.append(f"--fault-threads={fault_threads}")
         if orphan_timeout_s is not None:
             self._options.append(f"--orphan-timeout={orphan_timeout_s:f}s")
-        if device_state is not None:
-            self._options.append(f"--device-state={os.fspath(device_state)}")
+        files = {"device-state": device_state, "record": record, "replay": replay}
+        self._options += [f"--{option}={os.fspath(path)}" for option, path in files.items() if path is not None]
         self._on_event = on_event
         self._ready_timeout_s = ready_timeout_s
         self._creator_pid = os.getpid()

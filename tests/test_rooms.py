@@ -17,6 +17,7 @@ ROOMS = (
     ("units",),
     ("extents",),
     ("runtime",),
+    ("working_set",),
     ("fds",),
     ("account",),
     ("uffd",),

@@ -273,7 +273,7 @@ def _options(given: dict[str, Any]) -> Options:
     from pcshare.coordinator import Options
     from pcshare.sources import parse_arguments
 
-    mode, rate = given["stream"]
+    mode, rate = given["stream"] or (None, 0)
     more = {} if given["orphan_timeout"] is None else {"orphan_timeout_s": given["orphan_timeout"]}
     return Options(
         name=given["name"],
@@ -299,6 +299,8 @@ def _options(given: dict[str, Any]) -> Options:
         read_ahead=given["read_ahead"],
         helpers_per_uid=given["helpers_per_uid"] or 0,
         strict=given["strict"],
+        record=given["record"],
+        replay=given["replay"],
         **more,
     )
 

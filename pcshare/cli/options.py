@@ -110,10 +110,22 @@ _SERVING = (
     click.option(
         "--stream",
         type=STREAM,
-        default="eager",
-        show_default=True,
+        default=None,
         metavar="eager|lazy|paused|RATE",
-        help="How pages nobody asked for come: at once, never, not before `pcshare stream` says so, or so fast.",
+        help="How pages nobody asked for come: at once, never, not before `pcshare stream` says so, or so fast.  "
+        "[default: eager; lazy where a first working set is recorded]",
+    ),
+    click.option(
+        "--record",
+        metavar="FILE",
+        help="Write down which pages are touched first, in that order. Only what is waited for can be seen: without "
+        "--stream, and with nothing to replay, the stream is lazy.",
+    ),
+    click.option(
+        "--replay",
+        metavar="FILE",
+        help="Bring first what was recorded there, in every mode of the stream. With --record of the same FILE the "
+        "first start records, and later ones replay and add to it.",
     ),
     click.option(
         "--page-size",
@@ -196,9 +208,9 @@ _SERVING = (
 
 
 def coordinator_options(function: Decorated) -> Decorated:
-    """The options of whoever starts a coordinator: stream, page_size, writable, on_source_loss, source_timeout (s),
-    allow_uid, allow_gid, fault_threads, orphan_timeout (s), device_state, notifier_timeout (s), fault_timeout (s),
-    read_ahead (bytes), strict."""
+    """The options of whoever starts a coordinator: stream, record, replay, page_size, writable, on_source_loss,
+    source_timeout (s), allow_uid, allow_gid, fault_threads, orphan_timeout (s), device_state, notifier_timeout (s),
+    fault_timeout (s), read_ahead (bytes), strict."""
     for option in reversed(_SERVING):
         function = option(function)
     return function

@@ -106,7 +106,7 @@ def command(
 
 
 def _launch_options(
-    stream: tuple[int, int],
+    stream: tuple[int, int] | None,
     orphan_timeout: float | None,
     notifier_timeout: float,
     source_timeout: float,
@@ -114,16 +114,19 @@ def _launch_options(
     **same: Any,
 ) -> dict[str, Any]:
     """The command line's words as the launcher's."""
-    mode, rate = stream
-    word = {number: word for word, number in STREAM_MODES.items()}[mode]
     return {
-        "stream": str(rate) if word == "rate" else word,
+        "stream": None if stream is None else _stream_word(*stream),
         "orphan_timeout_s": orphan_timeout,
         "notifier_timeout_s": notifier_timeout,
         "source_timeout_s": source_timeout,
         "fault_timeout_s": fault_timeout,
         **same,
     }
+
+
+def _stream_word(mode: int, rate: int) -> str:
+    word = {number: word for word, number in STREAM_MODES.items()}[mode]
+    return str(rate) if word == "rate" else word
 
 
 def _say_event(event: Event) -> None:

@@ -2,7 +2,7 @@
 
 options (what was asked for) · blocks (a block's life) · helpers (who is attached) · door (who is not yet) · handshake
 (a connection until it is attached) · parent (the program that started us) · takeover (what is left to the next one) ·
-server (the loop). No fault passes through any of it: see the
+working_sets (what is recorded and replayed) · server (the loop). No fault passes through any of it: see the
 rule of two languages in docs/explanation/architecture.md.
 """
 

@@ -602,7 +602,7 @@ class _Asking:
 def incoming_source(options: Options) -> SourceSpec:
     """The one source of a coordinator that takes a migration. UsageError: options that do not go with it."""
     (spec,) = options.sources
-    if options.stream_mode != STREAM_EAGER:
+    if options.stream_mode not in (None, STREAM_EAGER):
         raise UsageError(
             f"--stream: {spec.text} sends when and as fast as it likes",
             hint="leave it out, and set max-postcopy-bandwidth at the source",

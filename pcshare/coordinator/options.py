@@ -17,15 +17,16 @@ STREAM_EAGER, STREAM_LAZY, STREAM_RATE, STREAM_PAUSED = range(4)  # STATUS_STREA
 class Options:
     """Sizes in bytes, rates in bytes a second, times in seconds.
 
-    stream_mode is one of the STREAM_* above; page_size may be PAGE_SIZE_AUTO; fault_threads None: as many as the
-    machine calls for; orphan_timeout_s 0: helpers wait for ever; source_timeout_s: with poison, how long a source may
-    be away; fault_timeout_s: how long a page that somebody waits for may take, 0: for ever; read_ahead: how far a
-    thread that reads on is kept ahead of at most, 0: a fault brings its page alone; helpers_per_uid 0: any
+    stream_mode is one of the STREAM_* above; None: eager, but lazy where a first working set is recorded. page_size may
+    be PAGE_SIZE_AUTO; fault_threads None: as many as the machine calls for; orphan_timeout_s 0: helpers wait for ever;
+    source_timeout_s: with poison, how long a source may be away; fault_timeout_s: how long a page that somebody waits
+    for may take, 0: for ever; read_ahead: how far a thread that reads on is kept ahead of at most, 0: a fault brings
+    its page alone; helpers_per_uid 0: any
     other user than its own and root has at most three quarters of helpers_max (HELPERS_KEPT_FOR_OTHERS)."""
 
     name: str
     sources: tuple[SourceSpec, ...]
-    stream_mode: int = STREAM_EAGER
+    stream_mode: int | None = STREAM_EAGER
     stream_rate: int = 0
     page_size: int = 4096
     writable: frozenset[str] = frozenset()
@@ -47,6 +48,8 @@ class Options:
     read_ahead: int = READ_AHEAD
     helpers_per_uid: int = 0
     strict: bool = False  # helpers register for MINOR faults too
+    record: str | None = None  # the file for what helpers touch first
+    replay: str | None = None  # the file of what is to come first
 
     @property
     def takes_migration(self) -> bool:

@@ -47,10 +47,12 @@ from pcshare.coordinator.takeover import (
     SEGMENT,
     SOURCE,
     STATE,
+    TOUCHED,
     HelperTable,
     KeptState,
     Predecessor,
 )
+from pcshare.coordinator.working_sets import WorkingSets
 from pcshare.errors import PcshareError, UsageError
 from pcshare.fault_thread import EventKind, FaultThreads, default_cpus
 from pcshare.fds import OwnedFd
@@ -146,6 +148,9 @@ class Server:
         options, before = self.options, self._predecessor
         report = probe.require_host(options.page_size or None)
         self._check_options(report)
+        taken = before.take_all(TOUCHED) if before else []
+        self.working_sets = WorkingSets(options, taken, goes_on=before is not None)
+        self._closing.callback(self.working_sets.close)
         self._features = before.state.features if before else _features(report, strict=options.strict)
         _raise_fd_limit()
         path = self._socket_path = before.state.socket_path if before else self._take_name()
@@ -153,8 +158,8 @@ class Server:
         self._n_exports_kept = len(listening)
         self.exports = Exports(options.exports, listening)
         self._closing.callback(self.exports.close)
-        taken = before.take(SEGMENT) if before else None
-        self._segment = status.SegmentWriter(options.name, path, shared=options.shared, taken=taken)
+        segment = before.take(SEGMENT) if before else None
+        self._segment = status.SegmentWriter(options.name, path, shared=options.shared, taken=segment)
         self._closing.callback(self._segment.close)
         self._segment.header.keeper_pid = self._keeper.pid
         if options.trace:
@@ -166,6 +171,7 @@ class Server:
             self._take_over_blocks(before)
         else:
             self._make_blocks(report)
+        self.working_sets.begin(self.blocks)
         self._set_stream(before is not None)
         self._listen(path, before.take(LISTENER) if before else None)
         if options.exports:
@@ -173,6 +179,7 @@ class Server:
             self._watch(self.exports, self.exports.handle)
         if self.incoming is None or any(self.blocks):
             self._blocks_are_served()
+        self.working_sets.start()  # last: a start that fails leaves an old file as it is
         self._tell_ready(path)
 
     def _blocks_are_served(self) -> None:
@@ -191,6 +198,11 @@ class Server:
                 hint="use --on-source-loss pause, or Linux 6.6 or later",
             )
         if self.options.takes_migration:
+            if self.options.record or self.options.replay:
+                raise UsageError(
+                    "--record and --replay are for sources that are the same at each start, not for a machine's memory",
+                    hint="leave them out",
+                )
             from pcshare.coordinator.incoming import incoming_source  # late: a third of what a restart takes
 
             incoming_source(self.options)
@@ -221,8 +233,10 @@ class Server:
         self.fault_threads = FaultThreads(self._segment.header)
         self._closing.callback(self.fault_threads.close)
         self._closing.callback(self.blocks.close)
+        self._closing.callback(self.working_sets.close)  # nobody can touch anything any more, and all is still there
         self.fault_threads.set_fault_timeout(options.fault_timeout_s)
         self.fault_threads.set_read_ahead(options.read_ahead)
+        self.working_sets.record_to(self.fault_threads)
         self.fault_threads.hold_stream()  # not before every block is there; we may yet die on the way
         if before is None:
             self.fault_threads.start(_cpus(options.fault_threads))
@@ -308,6 +322,8 @@ class Server:
     def _set_stream(self, as_before: bool) -> None:
         """What an operator has steered since goes on."""
         mode, rate = self.options.stream_mode, self.options.stream_rate
+        if mode is None:
+            mode = STREAM_LAZY if self.working_sets.is_first_recording else STREAM_EAGER
         if mode != STREAM_PAUSED:
             self._resume_mode = (mode, rate)
         if as_before:
@@ -323,6 +339,7 @@ class Server:
             if (fd := block.source.kept_fd()) is not None:
                 store.put(f"{SOURCE}{block.index}", [fd])
         self._keep_exports()
+        self._keep_touched()
         if self.incoming is not None:
             store.put(INCOMING, [one.fileno() for one in self.incoming.sockets])
         if self._parent is not None:
@@ -337,6 +354,11 @@ class Server:
         """Those that are new: all, but where others were given with --replace."""
         for number, sockets in list(enumerate(self.exports.sockets))[self._n_exports_kept :]:
             self._store.put(f"{EXPORT}{number}", [one.fileno() for one in sockets])
+
+    def _keep_touched(self) -> None:
+        """Where what is recorded lies, if that is new."""
+        if (memory := self.working_sets.new_memory) is not None:
+            self._store.put(TOUCHED, [memory.fileno()])
 
     def _keeper_identity(self) -> tuple[int, int]:
         """Its pid and its start: no other keeper has both."""
@@ -373,6 +395,7 @@ class Server:
     def _tell_ready(self, path: str) -> None:
         if self._predecessor is not None:
             self._keep_exports()
+            self._keep_touched()
             self._segment.note_restart()
         else:
             self._keep()
@@ -453,7 +476,9 @@ class Server:
 
     def _take_events(self) -> None:
         for event in self.fault_threads.events():
-            if event.kind not in _BLOCK_EVENTS:
+            if event.kind is EventKind.BLOCK_REPLAYED:
+                self.working_sets.block_replayed(event.block_index)
+            elif event.kind not in _BLOCK_EVENTS:
                 self.helpers.handle(event)
             elif self.blocks.handle(event):
                 self._end_block(event.block_index)
@@ -476,6 +501,7 @@ class Server:
         block.source.let_go()
         trace.step("end_done", block_index=index)
         log.info("block %s is complete", block.idstr)
+        self.working_sets.block_replayed(index)
         if self.incoming is not None:
             self.incoming.block_ended()
 
@@ -488,6 +514,7 @@ class Server:
         self._ended = True
         self._selector.unregister(self.fault_threads)
         self.fault_threads.stop()
+        self.working_sets.save_soon()
         self.notifiers.notify(Change.INBOUND_END)
 
     def _tell_state(self, idstr: str, state: State, reason: str) -> None:
@@ -526,6 +553,7 @@ class Server:
         """Lets go of the sources, politely, and of nothing else: the next one goes on with the rest."""
         self.exports.end_exporter()
         self.fault_threads.stop()
+        self.working_sets.close()
         self.blocks.close()
 
     def _steer(self, order: Admin) -> None:

@@ -35,6 +35,7 @@ STATE_VERSION = 1  # of the description; a coordinator takes over from its own v
 LISTENER, SEGMENT, STATE, HELPER_TABLE, PARENT, KEEPER = "listener", "segment", "state", "helpers", "parent", "keeper"
 INCOMING = "incoming"  # where a migration's source connects
 DEVICE = "device"  # of --user: /dev/userfaultfd, which root had opened
+TOUCHED = "touched"  # of --record: what core/working_set.c notes
 EVENTS, NEXT_COMMAND = "events", "next"  # the keeper writes the one and reads the other (core/keeper_store.h)
 SOURCE, EXPORT = "source.", "export."  # and the block's index, or the address's place
 READER, WRITER = "ro.", "rw."  # and the helper's slot: its control socket and its uffd

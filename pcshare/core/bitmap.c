@@ -43,6 +43,13 @@ int bitmap_test_and_clear(uint64_t *words, uint64_t bit)
     return (__atomic_fetch_and(&words[bit / WORD_BITS], ~bit_mask(bit), __ATOMIC_ACQ_REL) & bit_mask(bit)) != 0;
 }
 
+uint64_t bitmap_set_in_word(uint64_t *words, uint64_t start, uint64_t end)
+{
+    uint64_t index = start / WORD_BITS, mask = range_mask(index, start, end);
+
+    return mask & ~__atomic_fetch_or(&words[index], mask, __ATOMIC_ACQ_REL);
+}
+
 void bitmap_set_range(uint64_t *words, uint64_t start, uint64_t end)
 {
     if (start >= end)

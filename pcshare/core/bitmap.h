@@ -13,6 +13,8 @@ int bitmap_test(const uint64_t *words, uint64_t bit);
 int bitmap_test_and_set(uint64_t *words, uint64_t bit);
 /* Clears the bit, returns whether it was set before. */
 int bitmap_test_and_clear(uint64_t *words, uint64_t bit);
+/* Sets the bits of [start, end), which lie in one word; returns those that were clear, at their places in it. */
+uint64_t bitmap_set_in_word(uint64_t *words, uint64_t start, uint64_t end);
 void bitmap_set_range(uint64_t *words, uint64_t start, uint64_t end);
 void bitmap_clear_range(uint64_t *words, uint64_t start, uint64_t end);
 /* How many bits of [start, end) are set. */

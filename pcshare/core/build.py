@@ -28,6 +28,7 @@ HEADERS = (
     "page_channel_nbd.h",
     "channel_meter.h",
     "remote_fd.h",
+    "working_set.h",
     "fault_thread.h",
     "wake_cost.h",
     "incoming.h",

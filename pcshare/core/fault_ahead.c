@@ -103,6 +103,8 @@ void ahead_begin(struct fault_threads *ft, struct fault_worker *worker, struct r
 {
     if (plan->start >= plan->end)
         return;
+    if (!remote->is_own) /* it hides touches: what it brings is as good as touched */
+        working_set_note(ft, remote->block, plan->start, plan->end - plan->start);
     if (!is_at_hand || worker->n_ahead == UFFD_READ_MAX) {
         ask(ft, remote, plan->start, plan->end);
         return;

@@ -58,6 +58,8 @@ static void handle_request(struct fault_threads *ft, struct remote_fd *remote, c
     }
     uint64_t start = request->offset / block->page_size;
     uint64_t end = (request->offset + request->length + block->page_size - 1) / block->page_size;
+    if (wait && start < end)
+        working_set_note(ft, block, start, end - start);
     int rc = stream_add_range(ft, block, start, end, remote, request->header.cookie, wait);
     if (rc < 0 && wait)
         send_done(ft, remote, request->header.cookie, rc, request->offset, request->length);

@@ -19,8 +19,7 @@
 enum {
     HOME_ANYWHERE = -1,
     HOME_ANYWHERE_THREADS = 4, /* each fault of a helper without a home wakes them all */
-    HOME_LOOK_FAULTS = 256,   /* a look at /proc costs as much as a fault: one in so many */
-    HOME_LOOK_NS = 100000000, /* and one where the last is a tenth of a second ago */
+    HOME_LOOK_NS = 50000000,  /* a look at /proc costs as much as some faults, and the next one waits for it */
     HOME_STAT_FIELD = 39,     /* "processor" in proc(5): the CPU that a thread ran on last */
     HOME_STAT_BYTES = 1024,
 };
@@ -90,10 +89,8 @@ static void move_home(struct fault_threads *ft, struct remote_fd *remote, int32_
 
 void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid)
 {
-    uint32_t faults = __atomic_fetch_add(&remote->home_faults, 1, __ATOMIC_RELAXED);
     uint64_t now_ns = clock_ns();
-    int due = faults % HOME_LOOK_FAULTS == 0 ||
-              now_ns - __atomic_load_n(&remote->home_look_ns, __ATOMIC_RELAXED) > HOME_LOOK_NS;
+    int due = now_ns - __atomic_load_n(&remote->home_look_ns, __ATOMIC_RELAXED) > HOME_LOOK_NS;
 
     if (!due || !remote->status || __atomic_exchange_n(&remote->home_moves, 1, __ATOMIC_ACQUIRE))
         return;

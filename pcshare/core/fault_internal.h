@@ -5,7 +5,7 @@
  * to its page), fault_ahead.c (what it brings besides), demand.c (what faults ask of sources), fault_timeout.c (what
  * takes too long), fault_follow.c (what a writable helper does to its mapping), fault_home.c (which of them answers),
  * stream.c (all that is asked for without a fault), fault_control.c (messages of attached helpers), fault_event.c (what
- * Python is told).
+ * Python is told), working_set.c (what was touched, in which order).
  */
 #ifndef PCSHARE_FAULT_INTERNAL_H
 #define PCSHARE_FAULT_INTERNAL_H
@@ -24,6 +24,30 @@ enum {
     CONTROL_MESSAGES_MAX = 8, /* read from one helper in a row */
 };
 
+/* Pages that the stream asks for first: see stream_replay.h. */
+struct replay_run {
+    uint64_t page;
+    uint32_t n_pages;
+    uint32_t order; /* among the runs of all blocks */
+};
+
+struct stream_replay {
+    struct served_block *next_block; /* in the stream's list of blocks that have one */
+    struct replay_run *runs;         /* NULL: none */
+    uint64_t n_runs;
+    uint64_t next;  /* the run that is asked for */
+    uint64_t issue; /* of its pages: asked for up to here */
+    uint32_t in_flight;
+    int has_failed; /* what was asked for may be missing: begins again when the block is resumed */
+};
+
+/* What is recorded: see working_set.h. */
+struct working_set {
+    pthread_mutex_t lock;                /* appending alone; short, no system call under it */
+    struct working_set_log *log;         /* NULL: nothing is recorded */
+    uint64_t *noted[STATUS_BLOCKS_MAX];  /* by block: pages that were noted, a bit each */
+};
+
 /* A block in the set, with its source. */
 struct served_block {
     struct ramblock *block;
@@ -40,6 +64,7 @@ struct served_block {
     uint32_t stream_window_max;
     uint32_t stream_window; /* the stream's: pieces that may be under way; under its lock */
     uint64_t stream_cursor; /* the stream's: the page where its background goes on; under its lock */
+    struct stream_replay replay; /* the stream's; under its lock */
     /* Events not yet told; under events_lock. */
     uint32_t events;
     int error;
@@ -88,6 +113,7 @@ struct fault_threads {
     struct served_block *blocks[STATUS_BLOCKS_MAX]; /* a pointer is cleared only after every worker has passed by */
     struct waiters waiters;
     struct stream stream;
+    struct working_set working_set;
     uint32_t last_faulter;           /* a remote fd's id */
     uint64_t beside_others_until_ns; /* more than one of them faults */
     uint32_t demand_in_flight;
@@ -215,6 +241,19 @@ void handle_control(struct fault_threads *ft, struct remote_fd *remote);
 void send_to_helper(struct fault_threads *ft, struct remote_fd *remote, const void *message, uint32_t length);
 void send_done(struct fault_threads *ft, struct remote_fd *remote, uint32_t cookie, int status, uint64_t offset,
                uint64_t length);
+
+/* working_set.c */
+/* The block that has these pages, or NULL. */
+struct served_block *working_set_block_of(const struct fault_threads *ft, const struct working_set_run *run);
+/* A helper waits for these pages, or they came in one request with a page that it waits for. Any thread. */
+void working_set_note(struct fault_threads *ft, const struct ramblock *block, uint64_t page, uint64_t n_pages);
+void working_set_init(struct working_set *set);
+void working_set_deinit(struct working_set *set);
+/* Before the block is served; when nobody looks at it any more. */
+int working_set_add_block(struct fault_threads *ft, const struct ramblock *block);
+void working_set_drop_block(struct fault_threads *ft, const struct ramblock *block);
+/* What another coordinator has noted is not noted again. Before faults are answered. */
+void working_set_know_kept(struct fault_threads *ft);
 
 /* fault_event.c */
 void tell_block(struct fault_threads *ft, struct served_block *served, uint32_t kind, int error, uint64_t offset);

@@ -188,8 +188,11 @@ int fault_threads_add_block(struct fault_threads *ft, struct ramblock *block, st
     served->pushes = channel->pushes;
     served->on_source_loss = on_source_loss;
     served->stream_window = served->stream_window_max = channel->stream_piece_count;
-    int rc = add_own_remote(ft, served);
+    int rc = working_set_add_block(ft, block);
+    if (rc == 0)
+        rc = add_own_remote(ft, served);
     if (rc < 0) {
+        working_set_drop_block(ft, block);
         free(served);
         return refuse_block(block, channel, rc);
     }
@@ -236,6 +239,7 @@ int fault_threads_remove_block(struct fault_threads *ft, uint32_t block_index)
     __atomic_store_n(&ft->blocks[block_index], NULL, __ATOMIC_RELEASE);
     wait_for_workers(ft);
     stream_wait_submitted(ft);
+    working_set_drop_block(ft, served->block);
     ramblock_free(served->block);
     free(served);
     return 0;

@@ -320,6 +320,7 @@ int fault_threads_start(struct fault_threads *ft, const int32_t *cpus, uint32_t 
     }
     if (rc == 0) {
         wait_for_workers(ft);
+        working_set_know_kept(ft);
         rc = poll_existing(ft);
     }
     if (rc == 0)
@@ -373,6 +374,7 @@ int fault_threads_new(struct fault_threads **ftp, struct status_header *status)
     pthread_mutex_init(&ft->events_lock, NULL);
     pthread_mutex_init(&ft->demands_lock, NULL);
     waiters_init(&ft->waiters);
+    working_set_init(&ft->working_set);
     ft->maps_fd = -1;
     ft->quit_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     ft->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -400,11 +402,13 @@ void fault_threads_free(struct fault_threads *ft)
     for (uint32_t i = 0; i < STATUS_BLOCKS_MAX; i++) {
         if (ft->blocks[i]) {
             stream_drop_block(ft, ft->blocks[i]->block);
+            working_set_drop_block(ft, ft->blocks[i]->block);
             ramblock_free(ft->blocks[i]->block);
             free(ft->blocks[i]);
         }
     }
     stream_deinit(ft);
+    working_set_deinit(&ft->working_set);
     memory_room_put();
     if (ft->maps_fd >= 0)
         close(ft->maps_fd);

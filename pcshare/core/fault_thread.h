@@ -15,6 +15,7 @@
 #include "remote_fd.h"
 #include "status_segment.h"
 #include "uffd.h"
+#include "working_set.h"
 
 enum {
     FAULT_THREADS_MAX = 64,
@@ -34,6 +35,7 @@ enum {
     EVENT_REMOTE_HUNG_UP = 64,    /* the control socket closed without LEAVE */
     EVENT_REMOTE_DISABLED = 128,  /* cut off: error, addr */
     EVENT_BLOCK_LATE = 256,       /* pages take longer than the fault timeout: error, offset of one; error 0: no longer */
+    EVENT_BLOCK_REPLAYED = 512, /* of what was to be replayed all is here that will come */
 };
 
 struct fault_event {
@@ -104,6 +106,12 @@ int fault_threads_probe_remote(struct fault_threads *ft, uint32_t id);
 void fault_threads_set_stream(struct fault_threads *ft, uint32_t mode, uint64_t rate);
 /* Nothing is streamed before fault_threads_set_stream; the status goes on saying what it says. */
 void fault_threads_hold_stream(struct fault_threads *ft);
+/* Asks for these pages, in this order, behind what helpers ask for and ahead of the background, in every mode: each run
+ * in as few requests as the source's piece allows. EVENT_BLOCK_REPLAYED tells the end for each block that has one.
+ * Copied. -EINVAL: pages that there are not; -EBUSY: a replay is under way. */
+int fault_threads_replay(struct fault_threads *ft, const struct working_set_run *runs, uint64_t n_runs);
+/* What the stream asks the block's source for at a time. */
+uint32_t fault_threads_piece_bytes(const struct fault_threads *ft, uint32_t block_index);
 /* How long a page that somebody waits for may take; 0: for ever. Then who waits goes on waiting and EVENT_BLOCK_LATE
  * tells; with SOURCE_LOSS_POISON the page is lost too, until it comes after all. Before the threads are started. */
 void fault_threads_set_fault_timeout(struct fault_threads *ft, uint64_t timeout_ms);

@@ -57,7 +57,6 @@ struct remote_fd {
     int must_lift;       /* a poison mark could not be lifted, since it was changing its address space */
     int32_t home_cpu;  /* the only CPU whose fault thread polls it; -1: all do. The home_ fields are fault_home.c's */
     uint32_t home_tid; /* who faulted when somebody looked last */
-    uint32_t home_faults; /* since it was added */
     uint64_t home_look_ns;
     int home_moves; /* somebody is at it */
     struct status_helper *status;

@@ -500,6 +500,8 @@ void request_shared_page(struct fault_threads *ft, struct fault_worker *worker, 
 
     trace_point(TRACE_FAULT, block->index, remote->id, page, tid);
     count_fault(ft, remote);
+    if (!remote->is_own)
+        working_set_note(ft, block, page, 1);
     if (ramblock_is_received(block, page)) {
         answer_received(ft, worker, remote, page, now_ns);
     } else if (bitmap_test(block->failed, page) && !remote->is_own) {

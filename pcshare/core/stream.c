@@ -9,11 +9,13 @@
 
 #include "bitmap.h"
 #include "stream_range.h"
+#include "stream_replay.h"
 #include "thread.h"
 #include "trace.h"
 
 enum { HINT_BLOCK_SHIFT = 48 };
 enum { ISSUED = 0, NOTHING_TO_ASK = 1 };
+static const uint64_t look_again_ns = 1; /* the lock is opened, and no more */
 static const uint64_t forever_ns = UINT64_MAX;
 static const uint64_t second_ns = 1000000000ull;
 
@@ -67,12 +69,13 @@ void stream_poke(struct fault_threads *ft)
 }
 
 /* Waking the thread for nothing costs a fault on the same CPU as much as its own two switches. Who turns the background
- * on, or adds a range, wakes it himself. */
+ * on, or adds a range or a replay, wakes it himself. */
 void stream_note_no_demand(struct fault_threads *ft)
 {
     const struct stream *s = &ft->stream;
 
-    if (has_background(__atomic_load_n(&s->mode, __ATOMIC_SEQ_CST)) || __atomic_load_n(&s->ranges, __ATOMIC_SEQ_CST))
+    if (has_background(__atomic_load_n(&s->mode, __ATOMIC_SEQ_CST)) || __atomic_load_n(&s->ranges, __ATOMIC_SEQ_CST) ||
+        __atomic_load_n(&s->replays, __ATOMIC_SEQ_CST))
         stream_poke(ft);
 }
 
@@ -112,6 +115,7 @@ void stream_drop_block(struct fault_threads *ft, const struct ramblock *block)
     while (s->running && pieces_of_block(s, block)) /* first: a piece that fails may leave two ranges */
         pthread_cond_wait(&s->wake, &s->lock);
     struct stream_range *list = stream_range_take_block(s, block);
+    stream_replay_drop(ft, served_block_of(ft, block));
     pthread_mutex_unlock(&s->lock);
     stream_range_end_list(ft, list, -ECANCELED, 0, 0);
 }
@@ -138,6 +142,30 @@ static int is_busy(struct fault_threads *ft, struct served_block *served)
     if (__atomic_load_n(&ft->demand_in_flight, __ATOMIC_ACQUIRE))
         served->stream_window = __atomic_load_n(&channel->stream_piece_count_demand, __ATOMIC_RELAXED);
     return pieces_of_block(&ft->stream, served->block) >= served->stream_window;
+}
+
+static uint64_t pages_under_way(const struct stream *s, const struct ramblock *block)
+{
+    uint64_t n = 0;
+
+    for (uint32_t i = 0; i < STREAM_WINDOW; i++)
+        n += s->pieces[i].block == block ? s->pieces[i].request.n_pages : 0;
+    return n;
+}
+
+uint64_t stream_room_for_small(struct fault_threads *ft, struct served_block *served)
+{
+    const struct stream *s = &ft->stream;
+    uint64_t most = pages_of_piece(ft, served->block, 0);
+
+    if (!is_busy(ft, served))
+        return most;
+    if (__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE) ||
+        pieces_of_block(s, served->block) >= served->stream_window_max)
+        return 0;
+    uint64_t under_way = pages_under_way(s, served->block), limit = served->stream_window * most;
+    uint64_t room = under_way < limit ? limit - under_way : 0;
+    return room < most ? room : most;
 }
 
 /* Beside a demand few pieces are under way, and after it one more with each that came: demands seldom come alone. */
@@ -207,6 +235,20 @@ static int claim_for_range(struct fault_threads *ft, struct stream_piece *piece,
     }
     unlink_over(s, overp);
     return n ? ISSUED : NOTHING_TO_ASK;
+}
+
+static int claim_for_replay(struct fault_threads *ft, struct stream_piece *piece)
+{
+    struct served_block *served;
+    int rc = stream_replay_claim(ft, &served, &piece->request.page, &piece->request.n_pages);
+
+    if (rc == REPLAY_ISSUED) {
+        piece->block = served->block;
+        piece->kind = PLACED_STREAM;
+        piece->asker = 0;
+        piece->is_replay = 1;
+    }
+    return rc;
 }
 
 static void take_hint(struct fault_threads *ft)
@@ -411,8 +453,12 @@ static void finish_piece(struct fault_threads *ft, struct stream_piece *piece)
 static void release_piece(struct fault_threads *ft, struct stream_piece *piece)
 {
     struct stream *s = &ft->stream;
+    struct served_block *served = served_block_of(ft, piece->block);
 
-    widen_window(served_block_of(ft, piece->block));
+    widen_window(served);
+    if (piece->is_replay)
+        stream_replay_answered(served);
+    piece->is_replay = 0;
     piece->block = NULL;
     s->in_flight--;
     pthread_cond_broadcast(&s->wake); /* for whoever drops its block */
@@ -427,6 +473,9 @@ static uint64_t claim(struct fault_threads *ft, struct stream_piece *piece, stru
 
     if (claim_for_range(ft, piece, overp) == ISSUED)
         return 0;
+    int rc = claim_for_replay(ft, piece);
+    if (rc != REPLAY_NOTHING)
+        return rc == REPLAY_ISSUED ? 0 : look_again_ns;
     uint64_t now_ns = clock_ns(), wait_ns = background_wait_ns(s, now_ns);
     if (wait_ns)
         return wait_ns;
@@ -548,6 +597,7 @@ void stream_resume_block(struct fault_threads *ft, struct ramblock *block)
     for (struct stream_range *range = s->ranges; range; range = range->next)
         if (range->block == block)
             range->issue = range->cursor;
+    stream_replay_resume(served_block_of(ft, block));
     served_block_of(ft, block)->gaps_told = 0;
     pthread_cond_broadcast(&s->wake);
     pthread_mutex_unlock(&s->lock);

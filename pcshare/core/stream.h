@@ -2,7 +2,8 @@
  * every block.
  *
  * Asks in large pieces, a few in flight, fewer while somebody waits in a fault; goes on after the page that was last
- * demanded. Ranges are served in every mode; mode and rate bind the background alone. Where the policy is poison a
+ * demanded. Ranges are served in every mode, and behind them what is replayed (stream_replay.h); mode and rate bind the
+ * background alone. Where the policy is poison a
  * piece that fails is halved until the lost pages are known one by one. Never answers a fault.
  */
 #ifndef PCSHARE_STREAM_H
@@ -23,6 +24,7 @@ enum {
 struct fault_threads;
 
 struct stream_range;
+struct served_block;
 
 struct stream_piece {
     struct page_request request;
@@ -35,6 +37,7 @@ struct stream_piece {
     int is_ahead;   /* nobody asked for these pages: if they fail they are forgotten */
     uint64_t asked_ns;
     int late; /* that took too long, which has been told */
+    int is_replay;
 };
 
 struct stream {
@@ -55,6 +58,7 @@ struct stream {
     struct stream_range *ranges;
     struct stream_range **ranges_tail;
     uint64_t turn; /* counts pieces for ranges */
+    struct served_block *replays; /* those that have one */
 };
 
 int stream_init(struct fault_threads *ft);
