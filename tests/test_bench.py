@@ -318,7 +318,10 @@ def test_source_is_the_same_in_each_run(tmp_path: Path) -> None:
 def test_sources_are_not_made_in_memory_unless_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
     monkeypatch.setattr(lab_module, "OTHER_FOLDER", tmp_path)
-    needs(None if not lab_module._is_memory(tmp_path) else "a folder for temporary files that is not in memory")
+    kind = subprocess.run(
+        ["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    needs(None if kind != "tmpfs" else "a folder for temporary files that is not in memory")
     assert lab_module.usual_folder() == tmp_path
     with Lab(Path("/dev/shm")) as lab:
         assert lab.folder.parent == Path("/dev/shm")
@@ -386,6 +389,15 @@ def test_huge_pages_that_are_free_are_taken_as_they_are(pretended: Path, lab: La
     with lab.huge_pages(2 * HUGE_PAGE):
         assert (pretended / "nr_hugepages").read_text() == "5\n"
     assert (pretended / "nr_hugepages").read_text() == "5\n"
+
+
+@pytest.mark.parametrize(("meanwhile", "left"), [(12, 8), (9, 5), (7, 5), (3, 3)])
+def test_huge_pages_that_others_reserved_or_gave_back_meanwhile_are_theirs(
+    pretended: Path, lab: Lab, meanwhile: int, left: int
+) -> None:
+    with lab.huge_pages(6 * HUGE_PAGE):
+        (pretended / "nr_hugepages").write_text(str(meanwhile))
+    assert (pretended / "nr_hugepages").read_text() == str(left)
 
 
 def test_user_who_may_not_reserve_huge_pages_is_told_the_command(

@@ -49,7 +49,7 @@ COMPACT_MEMORY = Path("/proc/sys/vm/compact_memory")
 OTHER_FOLDER = Path("/var/tmp")  # where the usual one for temporary files is memory
 
 # Options of a coordinator that brings a page only when somebody touches it.
-ONLY_DEMAND: Mapping[str, Any] = {"stream": "lazy"}
+ONLY_DEMAND: Mapping[str, Any] = {"stream": "lazy", "read_ahead": 0}
 
 # Debian's packages, for the hint.
 TOOLS = {
@@ -135,9 +135,8 @@ class Lab:
             _touch_huge_pages(length)
             yield
         finally:
-            with signals_blocked():
-                if lacking:
-                    (HUGE_PAGES / "nr_hugepages").write_text(str(former))
+            if lacking:
+                _give_back_huge_pages(former + lacking, former)
 
     @contextlib.contextmanager
     def pinned(self, cpu: int) -> Iterator[None]:
@@ -280,6 +279,14 @@ def wait_for(is_there: Callable[[], bool], what: str, timeout_s: float = START_T
         if time.monotonic() > deadline:
             raise PcshareError(f"{what} did not appear within {timeout_s:g} s")
         time.sleep(0.002)
+
+
+def _give_back_huge_pages(reserved: int, former: int) -> None:
+    """Whoever else has changed the number meanwhile keeps what he has added, and gets back what he has taken off."""
+    with signals_blocked():
+        now = _huge_pages("nr_hugepages")
+        wanted = former + now - reserved if now >= reserved else min(now, former)
+        (HUGE_PAGES / "nr_hugepages").write_text(str(wanted))
 
 
 def _touch_huge_pages(length: int) -> None:
