@@ -5,7 +5,6 @@ How fast anything is here is no test's business.
 
 from __future__ import annotations
 
-import inspect
 import os
 import subprocess
 from array import array
@@ -19,7 +18,6 @@ from pcshare.bench.contest import OURS, Contest, Played, Row
 from pcshare.bench.crowd import idle_helpers, stride, touch_together
 from pcshare.bench.lab import ANY_CPU, EXECUTABLES, HUGE_PAGE, MIB, ONLY_DEMAND, PAGE, Lab
 from pcshare.errors import EXIT_USAGE, PcshareError
-from pcshare.launcher import Coordinator
 from support import needs, wait_until
 
 SHRINK = 32
@@ -149,7 +147,6 @@ def test_private_memory_leaves_out_that_of_the_block(lab: Lab) -> None:
     assert sum(own) < length + 60 * MIB
 
 
-@pytest.mark.skipif("record" not in inspect.signature(Coordinator).parameters, reason="no working sets are recorded")
 @pytest.mark.parametrize("stream", ["lazy", "eager"])
 def test_second_start_has_fewer_faults_by_the_recorded_set(lab: Lab, stream: str) -> None:
     contest = working_set._contest(lab, stream)

@@ -4,7 +4,6 @@ nothing to do; and, in working_set.py, a start after one that has recorded its w
 
 from __future__ import annotations
 
-import inspect
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -36,7 +35,7 @@ def contests(lab: Lab) -> Sequence[Contest]:
         _sum(lab, "at random", is_random=True),
         _complete(lab),
         _idle(lab),
-        *(working_set.starts(lab) if "record" in inspect.signature(Coordinator).parameters else ()),
+        *working_set.starts(lab),
     ]
 
 
