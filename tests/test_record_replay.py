@@ -231,9 +231,9 @@ def test_replay_comes_first_in_every_mode_and_in_its_order(
 def test_demand_does_not_wait_for_the_replay(
     runtime_dir: Path, data_file: Path, ws: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A page behind two hundred that take 100 ms each is there before they are."""
+    """A page behind two hundred that take half a second each is there before they are."""
     write_set(ws, [(0, page, 1) for page in range(0, N_PAGES - 1, FAR)])
-    with serving(f"data={data_file}#delay=100ms", stream_mode=LAZY, replay=str(ws)) as served:
+    with serving(f"data={data_file}#delay=500ms", stream_mode=LAZY, replay=str(ws)) as served:
         helper = served.helper()
         helper.do("b = attach()")
         assert helper.do(f"read(b, {(N_PAGES - 2) * PAGE}, 9)") == content[(N_PAGES - 2) * PAGE :][:9]
@@ -248,10 +248,10 @@ def test_source_that_fails_meanwhile_is_asked_for_the_rest_when_it_is_resumed(
     pages = list(range(0, N_PAGES - 1, FAR))
     write_set(ws, [(0, page, 1) for page in pages])
     broken = tmp_path / "broken"
+    broken.touch()
     with serving(f"data={data_file}#delay=1ms&error=EIO@{broken}", stream_mode=LAZY, replay=str(ws)) as served:
-        wait_until(lambda: served.block().received_pages > 10, "the first pages", WAIT_S)
-        broken.touch()
         served.wait_for_state("PAUSED")
+        assert served.block().received_pages == 0
         assert not has_ended(caplog)
         broken.unlink()
         served.order(AdminOp.RESUME)
@@ -404,7 +404,7 @@ def test_killed_coordinator_goes_on_recording(runtime_dir: Path, data_file: Path
 def test_killed_coordinator_goes_on_replaying(runtime_dir: Path, data_file: Path, ws: Path) -> None:
     pages = list(range(0, N_PAGES - 1, FAR))
     write_set(ws, [(0, page, 1) for page in pages])
-    with restarting(f"data={data_file}#delay=20ms", options=["--stream=lazy", f"--replay={ws}"]) as served:
+    with restarting(f"data={data_file}#delay=50ms", options=["--stream=lazy", f"--replay={ws}"]) as served:
         wait_until(lambda: served.block().received_pages > 5, "the first pages", WAIT_S)
         served.restart()
         wait_until(lambda: served.block().received_pages == len(pages), "the rest", WAIT_S)
