@@ -6,6 +6,7 @@
  *   bench-limit nbd SOCKET SERVER_CPU HELPER_CPU COUNT                 the page comes from an NBD server's only export
  *   bench-limit copy FILE PAGE_SIZE       the whole file: pread of 2 MiB, UFFDIO_COPY of 2 MiB, into fresh memory
  *   bench-limit pwrite FILE               the whole file: pread of 2 MiB, pwrite of 2 MiB, into a fresh memfd
+ *   bench-limit memcpy FILE               the whole file, mapped, into memory that was touched before
  *
  * The helper of the first three touches COUNT different pages (0: all) in the order of `bench-touch walk`. PAGE_SIZE is
  * 4096 or 2097152. CPU -1 is not pinned.
@@ -341,6 +342,23 @@ static int is_one_of(const char *word, const char *one, const char *other)
     return strcmp(word, one) == 0 || strcmp(word, other) == 0;
 }
 
+/* Both sides are there before: what a copy costs and nothing else. */
+static int run_memcpy(const char *path)
+{
+    uint64_t length;
+    int file = open_file(path, PIECE, &length);
+
+    length = length / PIECE * PIECE;
+    void *from = mmap(NULL, length, PROT_READ, MAP_SHARED | MAP_POPULATE, file, 0);
+    void *to = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    if (from == MAP_FAILED || to == MAP_FAILED)
+        bench_fail("mmap");
+    double begin_us = bench_now_us();
+    memcpy(to, from, length);
+    bench_print_seconds(length, (bench_now_us() - begin_us) / 1e6);
+    return EXIT_SUCCESS;
+}
+
 int main(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "";
@@ -361,7 +379,9 @@ int main(int argc, char **argv)
         return run_fill(argv[2], strtoull(argv[3], NULL, 10), 1);
     if (strcmp(what, "pwrite") == 0 && argc == 3)
         return run_fill(argv[2], BENCH_PAGE, 0);
+    if (strcmp(what, "memcpy") == 0 && argc == 3)
+        return run_memcpy(argv[2]);
     bench_refuse("usage: bench-limit server blocks|spins FILE SERVER_CPU HELPER_CPU COUNT | chain FILE SOURCE_CPU"
                  " SERVER_CPU HELPER_CPU COUNT | nbd SOCKET SERVER_CPU HELPER_CPU COUNT | copy FILE PAGE_SIZE |"
-                 " pwrite FILE");
+                 " pwrite FILE | memcpy FILE");
 }

@@ -20,6 +20,7 @@ from pcshare.launcher import Coordinator
 DOES_NOT_MEASURE = "a network, a server that is slow itself, several helpers at once, reading ahead"
 LENGTH = 64 * MIB
 TOUCHES = 8000  # different pages, far from each other
+ONE_AT_A_TIME = ("--threads=1",)  # there is one request at a time: with more each goes from thread to thread
 CHAIN, CLIENT = "chain of three processes", "smallest client of that server"
 STREAMED_LENGTH = GIB  # the stream takes longer for it than the touches do
 STREAMED_TOUCHES = 4000  # random pages; those count that were missing
@@ -35,11 +36,13 @@ def contests(lab: Lab) -> Sequence[Contest]:
 
 
 @contextmanager
-def _coordinator(lab: Lab, length: int, cpu: int, **options: str) -> Iterator[Coordinator]:
+def _coordinator(
+    lab: Lab, length: int, cpu: int, server_options: Sequence[str] = (), **options: str
+) -> Iterator[Coordinator]:
     """Of a server's file; both processes on that CPU."""
     with (
         lab.pinned(cpu),
-        lab.nbdkit("file", str(lab.file(length))) as uri,
+        lab.nbdkit(*server_options, "file", str(lab.file(length))) as uri,
         lab.coordinator(uri, **{**ONLY_DEMAND, **options}) as serving,
     ):
         yield serving
@@ -49,11 +52,11 @@ def _one_fault(lab: Lab, place: str, cpu: int, at_most: float) -> Contest:
     length, touches = lab.length(LENGTH), lab.count(TOUCHES)
 
     def ours(_: int) -> Figures:
-        with _coordinator(lab, length, cpu) as serving:
+        with _coordinator(lab, length, cpu, ONE_AT_A_TIME) as serving:
             return lab.touch("walk", cpu, touches, f"pcshare:{serving.socket}")
 
     def client(_: int) -> Figures:
-        with lab.pinned(cpu), lab.nbdkit("file", str(lab.file(length))) as uri:
+        with lab.pinned(cpu), lab.nbdkit(*ONE_AT_A_TIME, "file", str(lab.file(length))) as uri:
             return lab.limit("nbd", uri.partition("socket=")[2], cpu, cpu, touches)
 
     return Contest(

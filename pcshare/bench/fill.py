@@ -2,7 +2,7 @@
 
 The limit is the faster of two (per round): one reads and copies by UFFDIO_COPY, the other reads and writes the memfd
 (bench-limit copy, pwrite; huge pages cannot be written so). One thread each; pcshare has one that reads beside one that
-copies.
+copies. What a plain memcpy does on this machine is told too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pcshare.errors import PcshareError
 DOES_NOT_MEASURE = "a disk or a network, helpers that touch meanwhile, what memory costs that the host has to find"
 LENGTH, CHECK_LENGTH = 2 * GIB, 512 * MIB
 LIMIT = "copy or pwrite"
+MEMCPY = "memcpy into memory that is there"
 
 
 def contests(lab: Lab) -> Sequence[Contest]:
@@ -51,8 +52,12 @@ def _contest(lab: Lab, page_size: int, row: Row) -> Contest:
         name=f"fill, pages of {'4 KiB' if page_size == PAGE else '2 MiB'}",
         stream="paused, then eager",
         pinning="none",
-        rivals={OURS: ours, LIMIT: lambda _: limit(lab, length, page_size)},
-        rows=[row],
+        rivals={
+            OURS: ours,
+            LIMIT: lambda _: limit(lab, length, page_size),
+            MEMCPY: lambda _: lab.limit("memcpy", lab.file(length)),
+        },
+        rows=[row, Row("speed", "bytes_per_s", MEMCPY)],
         in_check=True,
         huge_bytes=length if page_size == HUGE_PAGE else 0,
     )
