@@ -48,7 +48,13 @@ def ws(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def rig() -> Iterator[Rig]:
+def sources() -> list[PushSource]:
+    """Two, which live as long as the rig that calls them."""
+    return [PushSource(), PushSource()]
+
+
+@pytest.fixture
+def rig(sources: list[PushSource]) -> Iterator[Rig]:
     made = Rig(f"rig-{os.getpid()}")
     yield made
     made.close()
@@ -554,10 +560,10 @@ def test_help_says_what_recording_can_see(command: str) -> None:
 # ---- at the core's level ----
 
 
-def test_demand_goes_ahead_of_two_hundred_thousand_runs(rig: Rig) -> None:
+def test_demand_goes_ahead_of_two_hundred_thousand_runs(rig: Rig, sources: list[PushSource]) -> None:
     """Of all these the source is asked for as many at once as of a stream, and a page that somebody touches meanwhile
     is asked for before any of them is answered."""
-    n_runs, source = 200_000, PushSource()
+    n_runs, source = 200_000, sources[0]
     ram = rig.add_pushed(source, 2 * n_runs)
     rig.threads.start([-1, -1])
     rig.threads.replay((2 * (n_runs - 1 - number), 1, 0) for number in range(n_runs))
@@ -583,10 +589,10 @@ def test_demand_goes_ahead_of_two_hundred_thousand_runs(rig: Rig) -> None:
     ],
 )
 def test_beside_a_demand_there_are_more_small_requests_and_no_more_pages(
-    rig: Rig, runs: list[tuple[int, int]], asked: list[tuple[int, int]]
+    rig: Rig, sources: list[PushSource], runs: list[tuple[int, int]], asked: list[tuple[int, int]]
 ) -> None:
     """Than in the one piece of 64 KiB that this source is asked for meanwhile."""
-    source = PushSource()
+    source = sources[0]
     source.channel.stream_piece_count_demand = 1
     ram = rig.add_pushed(source, 1000)
     rig.threads.start([-1])
@@ -602,9 +608,9 @@ def test_beside_a_demand_there_are_more_small_requests_and_no_more_pages(
         control.close()
 
 
-def test_runs_whose_pages_are_here_are_passed_by_without_a_request(rig: Rig) -> None:
+def test_runs_whose_pages_are_here_are_passed_by_without_a_request(rig: Rig, sources: list[PushSource]) -> None:
     """All but the last of two hundred thousand."""
-    n_runs, source = 200_000, PushSource()
+    n_runs, source = 200_000, sources[0]
     rig.add_pushed(source, n_runs + 1)
     rig.threads.start([-1])
     assert rig.push(0, n_runs) == (0, n_runs)
@@ -615,8 +621,8 @@ def test_runs_whose_pages_are_here_are_passed_by_without_a_request(rig: Rig) -> 
     rig.wait_for_event(EventKind.BLOCK_REPLAYED)
 
 
-def test_block_whose_source_does_not_answer_keeps_no_other_waiting(rig: Rig) -> None:
-    slow, quick = PushSource(), PushSource()
+def test_block_whose_source_does_not_answer_keeps_no_other_waiting(rig: Rig, sources: list[PushSource]) -> None:
+    slow, quick = sources
     rig.add_pushed(slow, 1000, index=0)
     rig.add_pushed(quick, 1000, index=1)
     rig.threads.start([-1])
@@ -628,8 +634,8 @@ def test_block_whose_source_does_not_answer_keeps_no_other_waiting(rig: Rig) -> 
     assert rig.wait_for_event(EventKind.BLOCK_REPLAYED).block_index == 1
 
 
-def test_last_run_that_fails_is_asked_for_again_when_the_block_is_resumed(rig: Rig) -> None:
-    source = PushSource()
+def test_last_run_that_fails_is_asked_for_again_when_the_block_is_resumed(rig: Rig, sources: list[PushSource]) -> None:
+    source = sources[0]
     rig.add_pushed(source, 1000)
     rig.threads.start([-1])
     rig.threads.replay([(7, 3, 0)])
@@ -643,23 +649,22 @@ def test_last_run_that_fails_is_asked_for_again_when_the_block_is_resumed(rig: R
     rig.wait_for_event(EventKind.BLOCK_REPLAYED)
 
 
-def test_block_goes_in_the_middle_of_its_replay(rig: Rig) -> None:
-    source = PushSource()
+def test_block_goes_in_the_middle_of_its_replay(rig: Rig, sources: list[PushSource]) -> None:
+    source, other = sources
     rig.add_pushed(source, 1000)
     rig.threads.start([-1])
     rig.threads.replay((2 * number, 1, 0) for number in range(100))
     source.wait_until_asked((0, 1), (2, 1), (4, 1), (6, 1))
     rig.remove_block(0)
     assert [event for event in rig.events() if event.kind is EventKind.BLOCK_REPLAYED] == []
-    other = PushSource()
     rig.add_pushed(other, 1000)
     rig.threads.replay([(3, 1, 0)])  # nothing of the one before is in its way
     other.wait_until_asked((3, 1))
 
 
 @pytest.mark.parametrize("run", [(0, 0, 0), (1000, 1, 0), (5, 996, 0), (2**64 - 1, 2, 0), (0, 1, 1), (0, 1, 1024)])
-def test_pages_that_are_not_there_are_neither_replayed_nor_noted(rig: Rig, run: Run) -> None:
-    source = PushSource()  # lives as long as the block
+def test_pages_that_are_not_there_are_neither_replayed_nor_noted(rig: Rig, sources: list[PushSource], run: Run) -> None:
+    source = sources[0]
     rig.add_pushed(source, 1000)
     rig.threads.start([-1])
     for refuses in (rig.threads.replay, rig.threads.note_runs):
@@ -669,8 +674,8 @@ def test_pages_that_are_not_there_are_neither_replayed_nor_noted(rig: Rig, run: 
     assert source.asked() == []
 
 
-def test_replay_beside_a_replay_is_refused(rig: Rig) -> None:
-    source = PushSource()  # lives as long as the block
+def test_replay_beside_a_replay_is_refused(rig: Rig, sources: list[PushSource]) -> None:
+    source = sources[0]
     rig.add_pushed(source, 1000)
     rig.threads.start([-1])
     rig.threads.replay([(7, 1, 0)])
