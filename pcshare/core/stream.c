@@ -14,6 +14,7 @@
 #include "trace.h"
 
 enum { HINT_BLOCK_SHIFT = 48 };
+enum { SMALL_PIECES = STREAM_WINDOW * 3 / 4 }; /* of one block; the other buffers are for what else is to be asked for */
 enum { ISSUED = 0, NOTHING_TO_ASK = 1 };
 static const uint64_t look_again_ns = 1; /* the lock is opened, and no more */
 static const uint64_t forever_ns = UINT64_MAX;
@@ -160,8 +161,8 @@ uint64_t stream_room_for_small(struct fault_threads *ft, struct served_block *se
 
     if (!is_busy(ft, served))
         return most;
-    if (__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE) ||
-        pieces_of_block(s, served->block) >= served->stream_window_max)
+    uint32_t most_pieces = served->stream_window_max < SMALL_PIECES ? SMALL_PIECES : served->stream_window_max;
+    if (__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE) || pieces_of_block(s, served->block) >= most_pieces)
         return 0;
     uint64_t under_way = pages_under_way(s, served->block), limit = served->stream_window * most;
     uint64_t room = under_way < limit ? limit - under_way : 0;
