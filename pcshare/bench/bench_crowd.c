@@ -1,8 +1,8 @@
 /* bench_crowd: many helper processes of one coordinator.
  *
  *   bench-crowd idle  N TARGET            N processes attach and do nothing, until standard input ends
- *   bench-crowd touch N TOUCHES TARGET    N processes attach; then, all at one moment, they touch TOUCHES different pages
- *                                         together, each every Nth of those of `bench-touch walk`
+ *   bench-crowd touch N TOUCHES TARGET    N processes attach; then, all at one moment, they touch the first TOUCHES
+ *                                         pages together, each its share of them, in an order that no read-ahead guesses
  *
  * TARGET is pcshare:SOCKET (a coordinator's only block) or pcshare:SOCKET#BLOCK. idle prints {"attached": N} when all
  * are; touch prints the touches, and the seconds from the beginning until the last one is through. Whoever cannot attach
@@ -59,16 +59,18 @@ static struct pcshare_attachment *attach(const struct crowd *crowd)
     return a;
 }
 
+/* Its share lies together, so that all helpers need as many page tables as one would. */
 static void touch(const struct crowd *crowd, const struct pcshare_attachment *a, uint64_t number)
 {
     const volatile uint8_t *data = pcshare_data(a);
     struct pcshare_info info;
 
     pcshare_get_info(a, &info);
-    uint64_t pages = info.used_length / BENCH_PAGE, step = bench_stride(pages);
-    uint64_t n = crowd->touches < pages ? crowd->touches : pages;
-    for (uint64_t i = number; i < n; i += crowd->n)
-        (void)data[i * step % pages * BENCH_PAGE];
+    uint64_t pages = info.used_length / BENCH_PAGE, n = crowd->touches < pages ? crowd->touches : pages;
+    uint64_t first = n * number / crowd->n, count = n * (number + 1) / crowd->n - first;
+    uint64_t step = count ? bench_stride(count) : 0;
+    for (uint64_t i = 0; i < count; i++)
+        (void)data[(first + i * step % count) * BENCH_PAGE];
 }
 
 static void be_helper(const struct crowd *crowd, uint64_t number)

@@ -35,7 +35,7 @@ def touch_together(lab: Lab, n: int, touches: int, target: str) -> dict[str, flo
 
 
 def stride(count: int) -> int:
-    """The step in which `bench-touch walk` and a crowd go through so many pages, as bench_common.h has it."""
+    """The step in which `bench-touch walk` goes through so many pages, as bench_common.h has it."""
     step = count // 2 + count // 7
     while math.gcd(step, count) != 1:
         step += 1

@@ -2,7 +2,8 @@
 
 The job is the same on both sides: as many touches, of pages that are at hand, by one helper pinned to a CPU, with
 nothing read ahead. The large block is a sparse file with the small one's data in it, in pieces of 2 MiB that lie evenly
-over all of it; a page of its own for every touch would measure page tables, which the kernel makes for 2 MiB at a time.
+over all of it, and helpers that touch together have a part of the block each: else page tables would be measured, which
+the kernel makes for each process and each 2 MiB.
 """
 
 from __future__ import annotations
