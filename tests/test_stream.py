@@ -68,7 +68,7 @@ def times_asleep(thread_name: str) -> int:
 
 def test_faults_do_not_wake_a_stream_that_has_nothing_to_do(runtime_dir: Path, data_file: Path) -> None:
     n_faults = 200
-    with serving(f"data={data_file}#delay=1us", stream_mode=LAZY) as served:
+    with serving(f"data={data_file}#delay=1us", stream_mode=LAZY, read_ahead=0) as served:
         helper = served.helper()
         helper.do("b = attach(); read(b, 0)")
         before = times_asleep("pcshare-stream")
