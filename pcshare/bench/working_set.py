@@ -21,7 +21,7 @@ LENGTH = GIB
 PART = 0.1  # of the pages
 DELAY, DELAY_RATE = "#delay=2ms", "#delay=2ms&rate=100M"
 SEED = 2
-ROUNDS = 3  # the first start of a lazy one takes a minute
+ROUNDS = 5  # the first start of a lazy one takes a minute
 FIRST, SECOND = "first start", "second start"
 DEMANDED_MAX, TIME_MAX = 0.05, 0.4
 
