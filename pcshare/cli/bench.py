@@ -18,6 +18,8 @@ from pcshare.errors import EXIT_DONE, EXIT_FAILED, UsageError
 if TYPE_CHECKING:
     from pcshare.bench.run import Outcome
 
+FILE_COLUMNS = 160  # of a table that goes to a file or a pipe: a terminal says how many it has
+
 # As in pcshare.bench.run, which is imported late; a test compares them.
 NAMES = ("fault", "demand", "fill", "scan", "scale", "after", "peers")
 
@@ -129,6 +131,8 @@ def _tell(outcome: Outcome, chosen: list[str], as_json: bool) -> None:
     from pcshare.bench.run import limits_of
 
     console = Console(stderr=as_json, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console = Console(stderr=as_json, highlight=False, emoji=False, width=FILE_COLUMNS)
     show(outcome, console)
     for name in chosen:
         console.print(f"{name} does not measure: {limits_of(name)}")
