@@ -107,7 +107,7 @@ def test_fault_that_nobody_had_read_is_answered(runtime_dir: Path, data_file: Pa
 
 
 def test_c_program_goes_on(runtime_dir: Path, data_file: Path, content: bytes) -> None:
-    with restarting(f"data={data_file}#delay=2ms", options=LAZY) as served:
+    with restarting(f"data={data_file}#delay=2ms", options=[*LAZY, "--read-ahead=off"]) as served:
         programs = [
             Program(served.served, "touch", "--pattern=scan"),
             *(Program(served.served, "touch", "--pattern=random", "--count=400", f"--seed={n}") for n in range(2)),
