@@ -15,7 +15,7 @@ from enum import IntEnum
 from typing import Any
 
 from pcshare.core import ffi, lib
-from pcshare.errors import check
+from pcshare.errors import PcshareError, check
 from pcshare.fds import OwnedFd
 from pcshare.ramblock import RAMBlock
 
@@ -70,7 +70,11 @@ def default_cpus() -> list[int]:
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) <= FAULT_THREADS_FEW:
         return cpus
-    own_ns, other_ns = wake_cost_ns(cpus[0], cpus[0]), wake_cost_ns(cpus[0], cpus[len(cpus) // 2])
+    try:
+        own_ns, other_ns = wake_cost_ns(cpus[0], cpus[0]), wake_cost_ns(cpus[0], cpus[len(cpus) // 2])
+    except PcshareError as error:  # no thread left, a CPU that went away: no reason not to serve
+        log.warning("%s: %d fault threads", error, FAULT_THREADS_FEW)
+        return cpus[:FAULT_THREADS_FEW]
     log.debug("waking a thread costs %d ns on its own CPU, %d ns on another one", own_ns, other_ns)
     return cpus[: FAULT_THREADS_MANY if other_ns - own_ns > WAKE_DEAR_NS else FAULT_THREADS_FEW]
 

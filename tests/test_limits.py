@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from support_serving import EAGER, LAZY, NOBODY, PAGE, HelperProcess, Serving, m
 MIB = 1 << 20
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 1 << 18
 SHM_BYTES = 8 * MIB
+FAULTS_AGAIN_S = 0.5  # in which a thread that is woken for nothing faults thousands of times
 SPARSE_BYTES = 64 << 30  # the bitmap of such a block has memory only where bits are set
 FDS_MAX = 96
 GROUPS = Path("/sys/fs/cgroup/memory")  # version 1
@@ -243,14 +245,39 @@ def wait_for_pause(served: Coordinating) -> str:
     return served.block("data").reason
 
 
-def test_full_memory_group_is_a_pause_and_kills_nobody(
-    runtime_dir: Path, tmp_path: Path, rng: random.Random, group: Path
-) -> None:
-    """P3: coordinator and keeper in a group that is too small for the block; when it has more room it goes on."""
+@pytest.fixture
+def large_file(tmp_path: Path, rng: random.Random) -> Path:
+    """More than the group has memory for."""
     path = tmp_path / "large.bin"
     with path.open("wb") as file:
         for _ in range(GROUP_FILE_BYTES // MIB):
             file.write(rng.randbytes(MIB))
+    return path
+
+
+def test_thread_that_reads_on_waits_where_no_memory_is_left(runtime_dir: Path, large_file: Path, group: Path) -> None:
+    """P3: not woken for what was to be read ahead of it, to fault again at once; and it goes on when there is room."""
+    options = ["--stream=lazy"]
+    with (
+        coordinator(f"data={large_file}", options=options, within=within(group)) as served,
+        HelperProcess(served.socket) as helper,
+    ):
+        helper.do("b = attach()")
+        pending = helper.start(f"read(b, 0, {GROUP_FILE_BYTES}) == open({str(large_file)!r}, 'rb').read()")
+        assert "no memory is left for the page at offset" in wait_for_pause(served)
+        wait_until(lambda: sum(one.waiting for one in served.status().helpers) == 1, "the fault to wait")
+        faults = served.status().faults
+        time.sleep(FAULTS_AGAIN_S)
+        assert served.status().faults == faults
+        (group / "memory.limit_in_bytes").write_text(str(GROUP_BYTES_LATER))
+        admin.send(served.socket, AdminOp.RESUME)
+        assert pending.result()
+        assert kills(group) == 0
+
+
+def test_full_memory_group_is_a_pause_and_kills_nobody(runtime_dir: Path, large_file: Path, group: Path) -> None:
+    """P3: coordinator and keeper in a group that is too small for the block; when it has more room it goes on."""
+    path = large_file
     with coordinator(f"data={path}", within=within(group)) as served, HelperProcess(served.socket) as helper:
         helper.do("b = attach()")
         assert "no memory is left for the page at offset" in wait_for_pause(served)

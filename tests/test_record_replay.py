@@ -562,8 +562,8 @@ def test_help_says_what_recording_can_see(command: str) -> None:
 
 
 def test_demand_goes_ahead_of_two_hundred_thousand_runs(rig: Rig, sources: list[PushSource]) -> None:
-    """Of all these the source is asked for a few at once, and a page that somebody touches meanwhile is asked for before
-    any of them is answered."""
+    """Of all these the source is asked for a few at once, and a page that somebody touches meanwhile is asked for
+    before any of them is answered."""
     n_runs, source = 200_000, sources[0]
     ram = rig.add_pushed(source, 2 * n_runs)
     rig.threads.start([-1, -1])

@@ -54,6 +54,7 @@ class ParentLink:
                 self._unsent = self._unsent[self._socket.send(self._unsent) :]
             except BlockingIOError:
                 if not self._wait_for_room(deadline - time.monotonic()):
+                    self._is_patient = False  # it does not read, and would hold up each event that follows
                     return False
         return True
 

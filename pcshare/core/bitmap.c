@@ -47,6 +47,8 @@ uint64_t bitmap_set_in_word(uint64_t *words, uint64_t start, uint64_t end)
 {
     uint64_t index = start / WORD_BITS, mask = range_mask(index, start, end);
 
+    if ((__atomic_load_n(&words[index], __ATOMIC_ACQUIRE) & mask) == mask)
+        return 0;
     return mask & ~__atomic_fetch_or(&words[index], mask, __ATOMIC_ACQ_REL);
 }
 

@@ -8,6 +8,8 @@
  */
 #include "fault_internal.h"
 
+#include <unistd.h>
+
 #include "bitmap.h"
 #include "read_ahead.h"
 #include "thread.h"
@@ -36,6 +38,12 @@ static uint64_t at_most(uint64_t n, uint64_t most)
 
 /* ---- what is to be brought ---- */
 
+/* A page of the received bitmap has so many bits; whether the next one has memory is found out by the fault there. */
+static uint64_t bits_of_page(void)
+{
+    return (uint64_t)getpagesize() * 8;
+}
+
 /* Where the received pages before this one begin. */
 static uint64_t run_start(const struct ramblock *block, uint64_t page)
 {
@@ -57,8 +65,9 @@ void ahead_plan(struct fault_threads *ft, struct remote_fd *remote, uint64_t pag
     if (!ft->read_ahead_bytes || served_block_of(ft, block)->pushes)
         return;
     read_ahead_note(remote->ahead, tid, page, run_start(block, page), &reach, plan);
-    plan->near_end = at_most(plan->near_end, block->page_count);
-    plan->end = at_most(plan->end, block->page_count);
+    uint64_t edge = at_most((page / bits_of_page() + 1) * bits_of_page(), block->page_count);
+    plan->near_end = at_most(plan->near_end, edge);
+    plan->end = at_most(plan->end, edge);
 }
 
 /* How many pages from this one on are missing and not under way, most and a piece at most; it itself is. */
@@ -132,8 +141,10 @@ static int bring_piece(struct fault_threads *ft, struct fault_worker *worker, st
     uint64_t placed;
     int rc = place_at_hand(worker, served, page, n, &placed);
 
-    if (rc != NOT_AT_HAND)
+    if (rc != NOT_AT_HAND && rc >= 0)
         after_placing(ft, served, page, n, placed, PLACED_STREAM);
+    else if (rc < 0)
+        after_placing_received(ft, served, page, page + n, placed, PLACED_STREAM);
     return rc;
 }
 

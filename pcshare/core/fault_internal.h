@@ -187,9 +187,12 @@ int place_at_hand(struct fault_worker *worker, struct served_block *served, uint
 enum { PLACED_DEMAND = 1, PLACED_STREAM = 2, REMOVED = 3 };
 void after_placing(struct fault_threads *ft, struct served_block *served, uint64_t page, uint64_t n, uint64_t placed,
                    int kind);
-/* The same for n pages from first on of which one was demanded; that one goes first. */
+/* The same for those of [page, end) that are received. */
+void after_placing_received(struct fault_threads *ft, struct served_block *served, uint64_t page, uint64_t end,
+                            uint64_t placed, int kind);
+/* The same for n pages from first on of which one was demanded; that one goes first. rc: of placing them. */
 void after_bringing(struct fault_threads *ft, struct served_block *served, uint64_t demanded, uint64_t first,
-                    uint64_t n, uint64_t placed);
+                    uint64_t n, uint64_t placed, int rc);
 /* Lifts the poison marks of pages that are received by now. */
 void lift_poison(struct fault_threads *ft, struct ramblock *block, uint64_t page, uint64_t n);
 /* Pages came because this helper asked. It may be gone by now. */

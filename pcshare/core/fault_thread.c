@@ -55,15 +55,17 @@ void stop_polling_control(struct fault_threads *ft, struct remote_fd *remote)
 }
 
 /* Every worker knows every uffd, and those poll it that shall; one of them reads the control sockets. Before there is a
- * worker: when they start. */
+ * worker: when they start. A fault may wait already, and must give the helper no home before all workers know it. */
 int start_polling(struct fault_threads *ft, struct remote_fd *remote)
 {
     int rc = 0;
 
+    __atomic_store_n(&remote->home_moves, 1, __ATOMIC_RELEASE);
     if (remote->control >= 0 && ft->n_workers)
         rc = poll_fd(&ft->workers[0], remote->control, POLL_CONTROL, remote->id);
     for (uint32_t i = 0; rc == 0 && i < ft->n_workers; i++)
         rc = add_fd(&ft->workers[i], remote->uffd, POLL_UFFD, remote->id, polls_anywhere(&ft->workers[i]));
+    __atomic_store_n(&remote->home_moves, 0, __ATOMIC_RELEASE);
     return rc;
 }
 

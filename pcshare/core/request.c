@@ -245,21 +245,9 @@ void after_placing(struct fault_threads *ft, struct served_block *served, uint64
     tell_progress(ft, served);
 }
 
-void after_bringing(struct fault_threads *ft, struct served_block *served, uint64_t demanded, uint64_t first,
-                    uint64_t n, uint64_t placed)
-{
-    int is_here = ramblock_is_received(served->block, demanded); /* else who is placing it tells */
-    uint64_t placed_demand = is_here && placed;
-
-    if (is_here)
-        after_placing(ft, served, demanded, 1, placed_demand, PLACED_DEMAND);
-    if (n > 1)
-        after_placing(ft, served, first, n, placed - placed_demand, PLACED_STREAM);
-}
-
 /* Of pages that another thread is placing at this moment that thread tells. */
-static void after_pushing(struct fault_threads *ft, struct served_block *served, uint64_t page, uint64_t end,
-                          uint64_t placed, int kind)
+void after_placing_received(struct fault_threads *ft, struct served_block *served, uint64_t page, uint64_t end,
+                            uint64_t placed, int kind)
 {
     uint64_t *received = served->block->received;
 
@@ -269,6 +257,21 @@ static void after_pushing(struct fault_threads *ft, struct served_block *served,
         placed = 0;
         at = bitmap_next_set(received, stop, end);
     }
+}
+
+/* Where placing failed, who waits for a page that is not here waits for a resume, and is not woken. */
+void after_bringing(struct fault_threads *ft, struct served_block *served, uint64_t demanded, uint64_t first,
+                    uint64_t n, uint64_t placed, int rc)
+{
+    int is_here = ramblock_is_received(served->block, demanded); /* else who is placing it tells */
+    uint64_t placed_demand = is_here && placed;
+
+    if (is_here)
+        after_placing(ft, served, demanded, 1, placed_demand, PLACED_DEMAND);
+    if (n > 1 && rc >= 0)
+        after_placing(ft, served, first, n, placed - placed_demand, PLACED_STREAM);
+    else if (n > 1)
+        after_placing_received(ft, served, first, first + n, placed - placed_demand, PLACED_STREAM);
 }
 
 int fault_threads_place(struct fault_threads *ft, uint32_t block_index, uint64_t page, uint64_t n_pages,
@@ -286,7 +289,7 @@ int fault_threads_place(struct fault_threads *ft, uint32_t block_index, uint64_t
         return -EINVAL;
     int rc = bytes ? ramblock_place(block, page, n_pages, bytes, placed_pagesp)
                    : ramblock_place_zeros(block, page, n_pages, placed_pagesp);
-    after_pushing(ft, served, page, page + n_pages, *placed_pagesp, is_demand ? PLACED_DEMAND : PLACED_STREAM);
+    after_placing_received(ft, served, page, page + n_pages, *placed_pagesp, is_demand ? PLACED_DEMAND : PLACED_STREAM);
     return rc < 0 ? rc : 0;
 }
 
@@ -486,7 +489,7 @@ static void bring_page(struct fault_threads *ft, struct fault_worker *worker, st
     if (rc < 0)
         page_failed(ft, served, page, -rc, EVENT_BLOCK_PLACE_ERROR);
     if (is_at_hand) /* placed, or met as a foreign page */
-        after_bringing(ft, served, page, page, n, placed);
+        after_bringing(ft, served, page, page, n, placed, rc);
     if (rc >= 0)
         ahead_begin(ft, worker, remote, &plan, is_at_hand);
 }

@@ -154,6 +154,15 @@ static uint64_t pages_under_way(const struct stream *s, const struct ramblock *b
     return n;
 }
 
+/* What helpers asked for comes first, also where its larger pieces do not fit yet. */
+static int has_range(const struct stream *s, const struct ramblock *block)
+{
+    for (const struct stream_range *range = s->ranges; range; range = range->next)
+        if (range->block == block && range->issue < range->end)
+            return 1;
+    return 0;
+}
+
 uint64_t stream_room_for_small(struct fault_threads *ft, struct served_block *served)
 {
     const struct stream *s = &ft->stream;
@@ -161,6 +170,8 @@ uint64_t stream_room_for_small(struct fault_threads *ft, struct served_block *se
 
     if (!is_busy(ft, served))
         return most;
+    if (has_range(s, served->block))
+        return 0;
     uint32_t most_pieces = served->stream_window_max < SMALL_PIECES ? SMALL_PIECES : served->stream_window_max;
     if (__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE) || pieces_of_block(s, served->block) >= most_pieces)
         return 0;
@@ -200,13 +211,18 @@ static uint64_t turn_of(const struct stream_range *range)
 }
 
 /* Helpers take turns, whatever each asks for: one that wants all of a large block keeps nobody else waiting. Ranges of
- * one helper go in order. */
+ * one helper go in order. What nobody asked for, and is only about to be touched, comes after that. */
+static int comes_before(const struct stream_range *range, const struct stream_range *other)
+{
+    return range->is_ahead != other->is_ahead ? !range->is_ahead : turn_of(range) < turn_of(other);
+}
+
 static struct stream_range *next_range(struct fault_threads *ft)
 {
     struct stream_range *next = NULL;
 
     for (struct stream_range *range = ft->stream.ranges; range; range = range->next)
-        if (range->issue < range->end && (!next || turn_of(range) < turn_of(next)) &&
+        if (range->issue < range->end && (!next || comes_before(range, next)) &&
             !is_busy(ft, served_block_of(ft, range->block)))
             next = range;
     return next;
@@ -231,7 +247,7 @@ static int claim_for_range(struct fault_threads *ft, struct stream_piece *piece,
         piece->kind = range->wait ? PLACED_DEMAND : PLACED_STREAM;
         piece->asker = range->wait && range->remote ? range->remote->id : 0;
         piece->is_ahead = range->is_ahead;
-        if (range->remote)
+        if (range->remote && !range->is_ahead)
             range->remote->range_turn = ++s->turn;
     }
     unlink_over(s, overp);
@@ -247,6 +263,7 @@ static int claim_for_replay(struct fault_threads *ft, struct stream_piece *piece
         piece->block = served->block;
         piece->kind = PLACED_STREAM;
         piece->asker = 0;
+        piece->is_ahead = 0;
         piece->is_replay = 1;
     }
     return rc;

@@ -9,6 +9,8 @@
 #include "stream_range.h"
 #include "trace.h"
 
+enum { AHEAD_RANGES_MAX = 32 }; /* of one attachment: a window for each of as many threads */
+
 /* Changed under the lock; who has placed a page looks without it whether there is any range at all. */
 static void set_link(struct stream_range **rangep, struct stream_range *range)
 {
@@ -130,7 +132,7 @@ void stream_add_ahead(struct fault_threads *ft, struct remote_fd *remote, uint64
 {
     struct stream_range *range = NULL;
 
-    if (__atomic_load_n(&remote->hints_in_flight, __ATOMIC_RELAXED) < FAULT_REQUESTS_IN_FLIGHT_MAX)
+    if (__atomic_load_n(&remote->hints_in_flight, __ATOMIC_RELAXED) < AHEAD_RANGES_MAX)
         range = stream_range_new(remote->block, start, end);
     if (!range)
         return;

@@ -8,7 +8,7 @@
 #include "fault_internal.h"
 
 enum {
-    REPLAY_LOOKS_MAX = 1024, /* runs whose pages are all here that are passed by before the lock is opened */
+    REPLAY_LOOKS_MAX = 128, /* runs whose pages are all here that are passed by before the lock is opened */
 };
 
 /* Claims pages for a piece. ISSUED: *servedp, *firstp and *np say which; LOOK_AGAIN: not yet. Blocks whose replay is over

@@ -10,6 +10,7 @@
 #include "bitmap.h"
 
 enum { WORD_PAGES = 64 }; /* a word of a bitmap */
+#define WORD_ALL UINT64_MAX
 
 /* The file. */
 struct working_set_log {
@@ -111,6 +112,10 @@ static void note_range(struct working_set *set, uint64_t *noted, uint32_t block_
         stop = (at | (WORD_PAGES - 1)) + 1;
         stop = stop < end ? stop : end;
         uint64_t fresh = bitmap_set_in_word(noted, at, stop);
+        if (fresh == WORD_ALL || (!fresh && first == end)) { /* most words of a large range are one or the other */
+            first = fresh && first == end ? at : first;
+            continue;
+        }
         for (uint64_t i = at; i < stop; i++) {
             int is_fresh = (int)(fresh >> (i % WORD_PAGES) & 1);
             if (is_fresh && first == end)
