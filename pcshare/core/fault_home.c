@@ -18,9 +18,11 @@
 
 enum {
     HOME_ANYWHERE = -1,
-    HOME_ANYWHERE_THREADS = 4, /* each fault of a helper without a home wakes them all */
-    HOME_LOOK_NS = 50000000,  /* a look at /proc costs as much as some faults, and the next one waits for it */
-    HOME_STAT_FIELD = 39,     /* "processor" in proc(5): the CPU that a thread ran on last */
+    HOME_ANYWHERE_THREADS = 4,   /* each fault of a helper without a home wakes them all */
+    HOME_LOOK_NS = 100000000,    /* a look at /proc costs as much as two faults: seldom, */
+    HOME_LOOK_SOON_NS = 1000000, /* but soon where the helper may have moved, */
+    HOME_AWAY_NS = 30000,        /* since it took so long from one fault to the next; then nothing waits for the look */
+    HOME_STAT_FIELD = 39,        /* "processor" in proc(5): the CPU that a thread ran on last */
     HOME_STAT_BYTES = 1024,
 };
 
@@ -90,7 +92,10 @@ static void move_home(struct fault_threads *ft, struct remote_fd *remote, int32_
 void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid)
 {
     uint64_t now_ns = clock_ns();
-    int due = now_ns - __atomic_load_n(&remote->home_look_ns, __ATOMIC_RELAXED) > HOME_LOOK_NS;
+    uint64_t since_ns = now_ns - __atomic_load_n(&remote->home_look_ns, __ATOMIC_RELAXED);
+    uint64_t pause_ns = now_ns - __atomic_exchange_n(&remote->home_fault_ns, now_ns, __ATOMIC_RELAXED);
+    int due = since_ns > HOME_LOOK_NS || (since_ns > HOME_LOOK_SOON_NS && pause_ns > HOME_AWAY_NS &&
+                                          now_ns > __atomic_load_n(&ft->beside_others_until_ns, __ATOMIC_RELAXED));
 
     if (!due || !remote->status || __atomic_exchange_n(&remote->home_moves, 1, __ATOMIC_ACQUIRE))
         return;

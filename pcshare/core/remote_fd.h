@@ -58,6 +58,7 @@ struct remote_fd {
     int32_t home_cpu;  /* the only CPU whose fault thread polls it; -1: all do. The home_ fields are fault_home.c's */
     uint32_t home_tid; /* who faulted when somebody looked last */
     uint64_t home_look_ns;
+    uint64_t home_fault_ns; /* the last fault */
     int home_moves; /* somebody is at it */
     struct status_helper *status;
     int32_t events; /* REMOTE_EVENT_* not yet told */
