@@ -126,10 +126,9 @@ def test_name_of_each_contest_begins_with_its_sub_benchmark(name: str, tmp_path:
 
 
 def texts_of(picture: Path) -> Iterator[str]:
-    """What a picture says: matplotlib draws letters as shapes, and writes what they are beside them."""
-    for line in picture.read_text().splitlines():
-        if line.strip().startswith("<!-- "):
-            yield line.strip().removeprefix("<!-- ").removesuffix(" -->")
+    """What a picture says."""
+    for element in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}text"):
+        yield "".join(element.itertext())
 
 
 def test_report_is_figures_tables_and_pictures(outcome: Outcome, tmp_path: Path) -> None:
