@@ -22,6 +22,7 @@ enum {
     HOME_LOOK_NS = 100000000,    /* a look at /proc costs as much as two faults: seldom, */
     HOME_LOOK_SOON_NS = 1000000, /* but soon where the helper may have moved, */
     HOME_AWAY_NS = 30000,        /* since it took so long from one fault to the next; then nothing waits for the look */
+    HOME_LOOK_FAULTS = 256,      /* and of one whose threads fault in turns, which may have no home */
     HOME_STAT_FIELD = 39,        /* "processor" in proc(5): the CPU that a thread ran on last */
     HOME_STAT_BYTES = 1024,
 };
@@ -94,14 +95,18 @@ void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_
     uint64_t now_ns = clock_ns();
     uint64_t since_ns = now_ns - __atomic_load_n(&remote->home_look_ns, __ATOMIC_RELAXED);
     uint64_t pause_ns = now_ns - __atomic_exchange_n(&remote->home_fault_ns, now_ns, __ATOMIC_RELAXED);
-    int due = since_ns > HOME_LOOK_NS || (since_ns > HOME_LOOK_SOON_NS && pause_ns > HOME_AWAY_NS &&
-                                          now_ns > __atomic_load_n(&ft->beside_others_until_ns, __ATOMIC_RELAXED));
+    uint32_t faults = __atomic_add_fetch(&remote->home_faults, 1, __ATOMIC_RELAXED);
+    int has_moved = since_ns > HOME_LOOK_SOON_NS && pause_ns > HOME_AWAY_NS &&
+                    now_ns > __atomic_load_n(&ft->beside_others_until_ns, __ATOMIC_RELAXED);
+    int has_threads = faults >= HOME_LOOK_FAULTS && tid != __atomic_load_n(&remote->home_tid, __ATOMIC_RELAXED);
+    int due = since_ns > HOME_LOOK_NS || has_moved || has_threads;
 
     if (!due || !remote->status || __atomic_exchange_n(&remote->home_moves, 1, __ATOMIC_ACQUIRE))
         return;
     int32_t home = tid ? home_for(ft, remote, tid, cpu_of(remote->status->pid, tid)) : HOME_ANYWHERE;
-    remote->home_tid = tid;
+    __atomic_store_n(&remote->home_tid, tid, __ATOMIC_RELAXED);
     __atomic_store_n(&remote->home_look_ns, now_ns, __ATOMIC_RELAXED);
+    __atomic_store_n(&remote->home_faults, 0, __ATOMIC_RELAXED);
     if (home != remote->home_cpu)
         move_home(ft, remote, home);
     __atomic_store_n(&remote->home_moves, 0, __ATOMIC_RELEASE);

@@ -59,6 +59,7 @@ struct remote_fd {
     uint32_t home_tid; /* who faulted when somebody looked last */
     uint64_t home_look_ns;
     uint64_t home_fault_ns; /* the last fault */
+    uint32_t home_faults;   /* since the last look */
     int home_moves; /* somebody is at it */
     struct status_helper *status;
     int32_t events; /* REMOTE_EVENT_* not yet told */
