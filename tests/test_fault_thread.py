@@ -577,7 +577,7 @@ def test_several_fault_threads_serve_all_helpers_right(
     """T12, T7, P1: random touches by many threads of several processes, none lost, none wrong, no false alarm."""
     n_pages = 1500
     path = make_file(tmp_path, rng, n_pages * PAGE)
-    with serving(f"data={path}{filters}", stream_mode=LAZY, fault_threads=n) as served:
+    with serving(f"data={path}{filters}", stream_mode=LAZY, fault_threads=n, read_ahead=0) as served:
         helpers = [served.helper() for _ in range(3)]
         for number, helper in enumerate(helpers):
             helper.do(f"b = attach(); content = open({str(path)!r}, 'rb').read()")
