@@ -79,6 +79,11 @@ def default_cpus() -> list[int]:
     return cpus[: FAULT_THREADS_MANY if other_ns - own_ns > WAKE_DEAR_NS else FAULT_THREADS_FEW]
 
 
+def _packed(runs: Iterable[tuple[int, int, int]]) -> Any:
+    """struct working_set_run[] of runs (page, how many, block index); keeps its bytes alive."""
+    return ffi.from_buffer("struct working_set_run[]", b"".join(_RUN.pack(*run) for run in runs))
+
+
 class FaultThreads:
     """The set of fault threads with what they serve."""
 
@@ -166,16 +171,14 @@ class FaultThreads:
 
     def note_runs(self, runs: Iterable[tuple[int, int, int]]) -> None:
         """Notes runs (page, how many, block index) as if they were touched now."""
-        rows = b"".join(_RUN.pack(*run) for run in runs)
-        pointer = ffi.from_buffer("struct working_set_run[]", rows)
-        check(lib.fault_threads_note_runs(self.pointer, pointer, len(rows) // _RUN.size), "noting a working set")
+        rows = _packed(runs)
+        check(lib.fault_threads_note_runs(self.pointer, rows, len(rows)), "noting a working set")
 
     def replay(self, runs: Iterable[tuple[int, int, int]]) -> None:
         """Asks for runs (page, how many, block index) in this order, ahead of the background. Ends with BLOCK_REPLAYED
         for each block that has one."""
-        rows = b"".join(_RUN.pack(*run) for run in runs)
-        pointer = ffi.from_buffer("struct working_set_run[]", rows)
-        check(lib.fault_threads_replay(self.pointer, pointer, len(rows) // _RUN.size), "replaying a working set")
+        rows = _packed(runs)
+        check(lib.fault_threads_replay(self.pointer, rows, len(rows)), "replaying a working set")
 
     def piece_bytes(self, index: int) -> int:
         """What the stream asks the source of a block for at a time."""

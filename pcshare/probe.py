@@ -550,6 +550,11 @@ def check_page_size(page_size: int, report: HostReport) -> None:
         )
 
 
+def available_huge_pages(size: int = HUGE_PAGE_SIZE_MAX) -> int:
+    """How many of that size are free now and promised to nobody; 0 where there are none."""
+    return sum(pages.available for pages in _huge_pages() if pages.size == size)
+
+
 def best_page_size(lengths: Iterable[int], report: HostReport, *, strict: bool) -> int:
     """For blocks of these lengths in bytes: huge pages where there are enough for all of them, else the host's own."""
     size, needed = HUGE_PAGE_SIZE_MAX, FEATURES_HUGE_STRICT if strict else FEATURES_HUGE

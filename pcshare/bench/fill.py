@@ -7,11 +7,10 @@ copies. What a plain memcpy does on this machine is told too.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from pcshare.bench.contest import OURS, Contest, Figures, Row
-from pcshare.bench.lab import FILL_TIMEOUT_S, GIB, HUGE_PAGE, MIB, PAGE, Lab
+from pcshare.bench.lab import GIB, HUGE_PAGE, MIB, PAGE, Lab
 from pcshare.errors import PcshareError
 
 DOES_NOT_MEASURE = "a disk or a network, helpers that touch meanwhile, what memory costs that the host has to find"
@@ -43,10 +42,7 @@ def _contest(lab: Lab, page_size: int, row: Row) -> Contest:
         with lab.coordinator(lab.file(length), "paused", page_size=page_size) as serving, serving.attach() as block:
             if block.page_size != page_size:
                 raise PcshareError(f"the block has pages of {block.page_size} bytes")
-            begin_s = time.monotonic()
-            lab.start_stream(serving)
-            block.wait(timeout_s=FILL_TIMEOUT_S)
-            return {"bytes_per_s": length / (time.monotonic() - begin_s)}
+            return {"bytes_per_s": length / lab.fill_seconds(serving, block)}
 
     return Contest(
         name=f"fill, pages of {'4 KiB' if page_size == PAGE else '2 MiB'}",

@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from pcshare import admin
+from pcshare.client import Block
 from pcshare.errors import HostError, PcshareError
 from pcshare.launcher import Coordinator
 from pcshare.protocol import AdminOp
@@ -193,6 +194,13 @@ class Lab:
     def start_stream(self, serving: Coordinator) -> None:
         """Of a coordinator whose stream was paused."""
         admin.send(str(serving.socket), AdminOp.STREAM_EAGER)
+
+    def fill_seconds(self, serving: Coordinator, block: Block) -> float:
+        """How long the paused stream takes, from the order to go on to the last page of the block."""
+        begin_s = time.monotonic()
+        self.start_stream(serving)
+        block.wait(timeout_s=FILL_TIMEOUT_S)
+        return time.monotonic() - begin_s
 
     def touch(self, *arguments: object, at_start: Callable[[], None] | None = None) -> dict[str, float]:
         """What `bench-touch` measured, by name. at_start: called when it has attached, before it touches anything."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pcshare.bench.contest import OURS, Contest, Figures, Row
-from pcshare.bench.lab import ANY_CPU, FILL_TIMEOUT_S, GIB, Lab, wait_for
+from pcshare.bench.lab import ANY_CPU, GIB, Lab, wait_for
 from pcshare.launcher import Coordinator
 
 LEFT_OUT = "nbdfuse with other options than its defaults, several readers at once"
@@ -82,10 +81,7 @@ def _fill(lab: Lab, server: Server) -> Contest:
 
     def ours(_: int) -> Figures:
         with _paused(lab, server) as serving, serving.attach() as block:
-            begin_s = time.monotonic()
-            lab.start_stream(serving)
-            block.wait(timeout_s=FILL_TIMEOUT_S)
-            return {"seconds": time.monotonic() - begin_s}
+            return {"seconds": lab.fill_seconds(serving, block)}
 
     return _contest(lab, server, "fill", PAUSED_THEN_EAGER, ours, _scanner(lab), [_row("time", "seconds")])
 

@@ -265,8 +265,7 @@ static void page_answered(struct demand *demand, int result)
         credit_helper(ft, demand->asker, placed > 0);
         if (result < 0)
             page_failed(ft, demand->served, demand->page, -result, EVENT_BLOCK_PLACE_ERROR);
-        after_bringing(ft, demand->served, demand->page, request->page, request->n_pages, placed,
-                       result);
+        after_bringing(ft, demand->served, demand->page, request->page, request->n_pages, placed, result);
     } else if (result != -ECANCELED) {
         give_back_claim(demand);
         page_failed(ft, demand->served, demand->page, -result, EVENT_BLOCK_SOURCE_ERROR);

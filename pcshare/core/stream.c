@@ -263,7 +263,6 @@ static int claim_for_replay(struct fault_threads *ft, struct stream_piece *piece
         piece->block = served->block;
         piece->kind = PLACED_STREAM;
         piece->asker = 0;
-        piece->is_ahead = 0;
         piece->is_replay = 1;
     }
     return rc;
@@ -324,7 +323,6 @@ static int claim_for_background(struct fault_threads *ft, struct stream_piece *p
             piece->request.n_pages = n;
             piece->kind = PLACED_STREAM;
             piece->asker = 0;
-            piece->is_ahead = 0;
             return ISSUED;
         }
         if (!over)
@@ -476,7 +474,7 @@ static void release_piece(struct fault_threads *ft, struct stream_piece *piece)
     widen_window(served);
     if (piece->is_replay)
         stream_replay_answered(served);
-    piece->is_replay = 0;
+    piece->is_replay = piece->is_ahead = 0; /* whoever claims it next sets what it is */
     piece->block = NULL;
     s->in_flight--;
     pthread_cond_broadcast(&s->wake); /* for whoever drops its block */

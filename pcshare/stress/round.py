@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from pcshare import errors, runtime, trace, transport
+from pcshare import errors, probe, runtime, trace, transport
 from pcshare.launcher import Coordinator, Event
 from pcshare.protocol import AdminOp
 from pcshare.status import StatusReport, read_status
@@ -136,7 +136,7 @@ class Round:
             server.wait_until_listening()
 
     def _make(self) -> Coordinator:
-        huge = self._plan.huge and world.free_huge_pages() >= self._huge_pages_needed()
+        huge = self._plan.huge and probe.available_huge_pages(HUGE_PAGE) >= self._huge_pages_needed()
         if self._plan.huge and not huge:
             self._tally.note("not enough free huge pages: 4 KiB pages instead (sysctl vm.nr_hugepages=64)")
         self._page_size = HUGE_PAGE if huge else PAGE

@@ -21,7 +21,6 @@ STRETCH_PAGES_MAX = 40
 SLOT_AREA = SLOT_BYTES * SLOTS_MAX
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
 NPY_HEADER_BYTES = 118  # with the magic and its length: 128
-HUGE_FOLDER = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 ERROR_FILE = "source-fails"
 SERVER_TIMEOUT = "5s"  # of an answer: a server that is stopped for less is slow, and not away
 
@@ -85,15 +84,6 @@ def _write_npy(path: Path, content: bytes) -> None:
     described = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({len(content)},), }}"
     header = described.ljust(NPY_HEADER_BYTES - 1).encode() + b"\n"
     path.write_bytes(NPY_MAGIC + len(header).to_bytes(2, "little") + header + content)
-
-
-def free_huge_pages() -> int:
-    """Free and not promised to anybody; 0 where there are none."""
-    try:
-        free, reserved = (int((HUGE_FOLDER / name).read_text()) for name in ("free_hugepages", "resv_hugepages"))
-    except (OSError, ValueError):
-        return 0
-    return free - reserved
 
 
 def differing(found: bytes, expected: bytes, slot_area: int) -> int:
