@@ -121,6 +121,17 @@ def test_row_takes_the_figures_it_names() -> None:
     assert (found.ours, found.theirs, found.median) == ([8.0], [2.0], 4.0)
 
 
+def test_optional_figure_is_told_of_the_rounds_that_have_it() -> None:
+    ours: list[Figures] = [{"a": 1.0}, {}, {"a": 3.0}, {}]
+    theirs: list[Figures] = [{}, {"a": 2.0}, {"a": 2.0}, {}]
+    row = Row("what", "a", RIVAL, is_optional=True)
+    (found,) = Played(contest_of([row]), {OURS: ours, RIVAL: theirs}).results()
+    assert (found.ours, found.theirs, found.ratios) == ([3.0], [2.0], [1.5])
+    assert not list(Played(contest_of([row]), {OURS: ours[:2], RIVAL: theirs[:2]}).results())
+    with pytest.raises(KeyError):
+        list(Played(contest_of([Row("what", "a", RIVAL)]), {OURS: ours, RIVAL: theirs}).results())
+
+
 # -- rounds
 
 

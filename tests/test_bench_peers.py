@@ -94,6 +94,7 @@ def test_faults_that_waited_for_the_source_are_told_apart() -> None:
     figures = peer_qemu.fault_figures([100.0] * 96 + [5000.0] + [90_000.0] * 3)
     assert (figures["p50"], figures["p99"], figures["p99_awake"]) == (100.0, 90_000.0, 5000.0)
     assert figures["asleep_percent"] == pytest.approx(3)
+    assert "p99_awake" not in peer_qemu.fault_figures([90_000.0])
     with pytest.raises(PcshareError, match="no page was missing"):
         peer_qemu.fault_figures([])
 

@@ -37,6 +37,7 @@ class Row:
     at_most: float | None = None
     at_least: float | None = None
     contains: float | None = None  # the interval must contain it
+    is_optional: bool = False  # a round may be without the figure; told of the rounds that have it, if there are any
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,21 @@ class Played:
     contest: Contest
     figures: dict[str, list[Figures]] = field(default_factory=dict)
 
-    def values(self, rival: str, figure: str) -> list[float]:
-        return [one[figure] for one in self.figures[rival]]
-
     def results(self) -> Iterator[Result]:
         for row in self.contest.rows:
-            ours = self.values(row.of, row.figure)
-            theirs = self.values(row.against, row.against_figure or row.figure) if row.against else [1.0] * len(ours)
-            yield Result(self.contest, row, ours, theirs)
+            pairs = [(a, b) for a, b in zip(*self._figures(row), strict=True) if a is not None and b is not None]
+            if pairs:
+                ours, theirs = map(list, zip(*pairs, strict=True))
+                yield Result(self.contest, row, ours, theirs)
+
+    def _figures(self, row: Row) -> tuple[list[float | None], list[float | None]]:
+        """Those of one and of the other, round by round."""
+
+        def values(rival: str, figure: str) -> list[float | None]:
+            return [one.get(figure) if row.is_optional else one[figure] for one in self.figures[rival]]
+
+        ours = values(row.of, row.figure)
+        return ours, values(row.against, row.against_figure or row.figure) if row.against else [1.0] * len(ours)
 
 
 @dataclass(frozen=True)

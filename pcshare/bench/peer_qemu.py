@@ -96,7 +96,7 @@ def _contest(lab: Lab, name: str, capabilities: Sequence[str], is_tcp: bool) -> 
         rows=[
             _row("fault, median", "p50"),
             _row("fault, p99", "p99"),
-            Row("fault, p99 while the source is awake", "p99_awake", QEMU),
+            Row("fault, p99 while the source is awake", "p99_awake", QEMU, is_optional=True),
             _row("time at full speed", "seconds"),
             _row("CPU time at full speed", "cpu_s"),
         ],
@@ -299,14 +299,15 @@ class _Bench:
 
 
 def fault_figures(faults_us: Sequence[float]) -> Figures:
+    """PcshareError: there are none. p99_awake is not there where each waited for a source that slept."""
     awake_us = [us for us in faults_us if us <= ASLEEP_MS * 1000]
-    return {
+    figures = {
         "p50": quantile(faults_us, 50),
         "p99": quantile(faults_us, 99),
-        "p99_awake": quantile(awake_us, 99),
         "faults": len(faults_us),
-        "asleep_percent": 100 * (1 - len(awake_us) / max(1, len(faults_us))),
+        "asleep_percent": 100 * (1 - len(awake_us) / len(faults_us)),
     }
+    return {**figures, "p99_awake": quantile(awake_us, 99)} if awake_us else figures
 
 
 def quantile(values: Sequence[float], percent: int) -> float:
