@@ -25,12 +25,13 @@ from pcshare.fault_thread import EventKind
 from pcshare.ramblock import RAMBlock
 from pcshare.status import read_status
 from pcshare.trace import TraceFile, read_trace
-from support import wait_until
+from support import needs, wait_until
 from support_rig import Rig
 from support_serving import EAGER, LAZY, PAGE, WAIT_S, is_readable, make_file, page_of, read_own_page, serving
 
 N_PAGES = 64
 LENGTH = N_PAGES * PAGE - 100
+MANY_PAGES = 1 << 15
 POLL_UFFD = 1  # of fault_thread.c
 SYS_SCHED_GETATTR, SCHED_ATTR_BYTES = 315, 48  # of x86-64; of the structure's first version
 THREAD_ID = lib.UFFD_FEATURE_BIT_THREAD_ID
@@ -113,6 +114,40 @@ def test_few_of_many_threads_poll_for_a_helper_without_a_home(
         assert set(pollers_of_uffds().values()) == {pollers}
         assert len(pollers_of_uffds()) == 2  # the coordinator's own, and the helper's
         assert helper.do("read(b, 4096)") == data_file.read_bytes()[PAGE : PAGE + 1]
+
+
+def test_helper_has_a_home_but_not_while_anothers_many_threads_fault(
+    runtime_dir: Path, tmp_path: Path, rng: random.Random
+) -> None:
+    """Those fill the run queues, and a fault thread that comes too late must not be the only one."""
+    cpus = sorted(os.sched_getaffinity(0))
+    needs(None if len(cpus) > 1 else "a second CPU")
+    path = make_file(tmp_path, rng, MANY_PAGES * PAGE)
+    with serving(f"data={path}", stream_mode=LAZY, fault_threads=2, read_ahead=0) as served:
+        steady, crowd = served.helper(), served.helper()
+        before = set(pollers_of_uffds())
+        steady.do("b = attach()")
+        (steady_id,) = set(pollers_of_uffds()) - before
+        crowd.do("b = attach()")
+        steady.start(
+            f"import os, time; os.sched_setaffinity(0, {{{cpus[0]}}})\n"
+            f"for page in range({MANY_PAGES // 2}): read(b, page * {PAGE}); time.sleep(0.0005)"
+        )
+
+        def pollers() -> int:
+            return pollers_of_uffds()[steady_id]
+
+        wait_until(lambda: pollers() == 1, "a home")
+        crowd.do(
+            "import threading\n"
+            "def touch(first):\n"
+            f"    for page in range({MANY_PAGES // 2} + first, {MANY_PAGES}, 8): goes_on and read(b, page * {PAGE})\n"
+            "goes_on = True\n"
+            "for i in range(8): threading.Thread(target=touch, args=(i,), daemon=True).start()"
+        )
+        wait_until(lambda: pollers() == 2, "no home beside the crowd")
+        crowd.do("goes_on = False")
+        wait_until(lambda: pollers() == 1, "a home again")
 
 
 @pytest.mark.parametrize("n", [0, 65])

@@ -116,6 +116,7 @@ struct fault_threads {
     struct working_set working_set;
     uint32_t last_faulter;           /* a remote fd's id */
     uint64_t beside_others_until_ns; /* more than one of them faults */
+    uint64_t crowd_until_ns;         /* and one of them has many threads: fault_home.c's */
     uint32_t demand_in_flight;
     pthread_mutex_t demands_lock; /* the remote fds' queues, and these; short, no system call under it */
     struct demand *demands_head;  /* asked for because of faults, and not late: the oldest first */
