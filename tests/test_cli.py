@@ -441,6 +441,27 @@ def test_run_passes_signals_on(source: Path, number: signal.Signals) -> None:
         assert process.wait(TIMEOUT_S) == 5
 
 
+# Main waits and is not interrupted: so it is when a signal comes between Python's last look and the wait.
+SIGNAL_INTERRUPTS_NOTHING = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from pcshare.cli import main
+def send():
+    while "epoll" not in Path(f"/proc/self/task/{os.getpid()}/wchan").read_text():
+        time.sleep(0.01)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+threading.Thread(target=send, daemon=True).start()
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["coordinator --name=deaf --no-keeper --stream=lazy", "serve --socket=./deaf.sock"])
+def test_signal_that_does_not_interrupt_the_wait_ends_who_serves(source: Path, tmp_path: Path, command: str) -> None:
+    words = [sys.executable, "-c", SIGNAL_INTERRUPTS_NOTHING, *command.split(), str(source)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stderr
+
+
 class Terminal:
     """A program on a terminal of its own."""
 

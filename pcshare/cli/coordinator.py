@@ -149,7 +149,7 @@ def _run(socket_fd: OwnedFd | None, kept: Kept, parent: ParentLink | None, given
     _inherit_device(kept, by_number=socket_fd is None or not kept)
     before = Predecessor.found(kept, store)
     server = Server(chosen, _keeper(socket_fd, kept, store), parent, store, before)
-    with options.stop_signals(server.stop), _ended(server):
+    with options.stop_signals(server), _ended(server):
         is_first = server.start()
         if parent is None and is_first:
             _say_ready(server, as_json)

@@ -10,7 +10,7 @@ import json
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
@@ -19,6 +19,8 @@ from pcshare import errors, runtime, units
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 if TYPE_CHECKING:
+    import socket
+
     from pcshare.account import Account
 
     _ParamType = click.ParamType[Any]
@@ -221,18 +223,27 @@ def print_json(told: Mapping[str, Any]) -> None:
     click.echo(json.dumps(told))
 
 
+class _Stoppable(Protocol):
+    @property
+    def wakeup(self) -> tuple[socket.socket, socket.socket]:
+        """Where its loop waits for a byte, and where to send it."""
+
+    def stop(self) -> None: ...
+
+
 @contextlib.contextmanager
-def stop_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP call stop: held from before the start until after the end, so that none of them cuts
-    off the clearing up. For the main thread of a command that serves and does nothing else. One that came before, and
-    was blocked by a keeper, is heard now."""
-    before = {number: signal.signal(number, lambda *_: stop()) for number in STOP_SIGNALS}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    try:
+def stop_signals(server: _Stoppable) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP stop it: held from before the start until after the end, so that none of them cuts off
+    the clearing up. For the main thread of a command that serves and does nothing else. One that came before, and was
+    blocked by a keeper, is heard now; one that comes just before the loop waits, and so interrupts nothing, wakes it.
+    """
+    with contextlib.ExitStack() as closing:
+        _, end = [closing.enter_context(end.dup()) for end in server.wakeup]  # ours: the server may close its own
+        closing.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(end.fileno(), warn_on_full_buffer=False))
+        for number in STOP_SIGNALS:
+            closing.callback(signal.signal, number, signal.signal(number, lambda *_: server.stop()))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ def _serve(files: Sequence[str], address: str | None, as_json: bool) -> int:
         closing.callback(exports.close)
         listening = None if address is None else closing.enter_context(Listening(parse_address(address)))
         server = closing.enter_context(Server(exports, listening.sockets if listening else ()))
-        closing.enter_context(stop_signals(server.stop))
+        closing.enter_context(stop_signals(server))
         if listening is None:
             server.adopt(stdio_stream())
         else:

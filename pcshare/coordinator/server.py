@@ -441,6 +441,11 @@ class Server:
         ]
         return min((wait_s for wait_s in waits if wait_s is not None), default=None)
 
+    @property
+    def wakeup(self) -> tuple[socket.socket, socket.socket]:
+        """Of run(): where it waits for a byte, and where to send it. They stay this server's."""
+        return self._stop_read, self._stop_write
+
     def stop(self, reason: PcshareError | None = None) -> None:
         """Ends run(); from any thread and from a signal handler."""
         self._stop_reason = self._stop_reason or reason

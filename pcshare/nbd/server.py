@@ -158,6 +158,11 @@ class Server:
     def _is_over(self) -> bool:
         return self._stopping or (not self._listeners and not self.connection_count())
 
+    @property
+    def wakeup(self) -> tuple[socket.socket, socket.socket]:
+        """Of run(): where it waits for a byte, and where to send it. They stay this server's."""
+        return self._wake_read, self._wake_write
+
     def stop(self) -> None:
         """Ends run(); from any thread and from a signal handler."""
         self._stopping = True
