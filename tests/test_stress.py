@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pcshare import runtime
+from pcshare import runtime, working_set
 from pcshare.launcher import Coordinator
 from pcshare.status import read_status
 from pcshare.stress import plan, resources, troupe, world
@@ -67,6 +67,16 @@ def test_plan_uses_only_attachments_that_are_there(seed: int) -> None:
 def test_plan_has_every_kind_of_action(seed: int) -> None:
     kinds = {action.kind for number in range(10) for action in drawn(seed, number).actions}
     assert kinds == set(plan.WEIGHTS)
+
+
+def test_some_rounds_record_and_some_replay(seed: int, tmp_path: Path) -> None:
+    many = [drawn(seed, number) for number in range(60)]
+    assert {one.records for one in many} == {one.replay_seed is None for one in many} == {True, False}
+    blocks = world.make_blocks(many[0], tmp_path, with_nbdkit=False)
+    world.write_set(tmp_path / "a.ws", seed, blocks)
+    read = working_set.read(str(tmp_path / "a.ws"))
+    assert {block.idstr for block in read.blocks} == set(blocks)
+    assert 0 < sum(read.runs.count) < plan.REPLAYED_SHARE * sum(block.plan.pages for block in blocks.values()) + 100
 
 
 # -- it finds what it looks for

@@ -34,6 +34,8 @@ SOURCE_AWAY_MAX_MS = 800  # a server that is the source, from its death until an
 SOURCE_TIMEOUT_S = 0.3  # with poison: shorter than that, so that some absences are losses and some are none
 FDS_SPARE_MIN, FDS_SPARE_MAX = 24, 48  # above what no helper gets, handshake.FDS_RESERVED; a helper takes two
 HELPERS_FEW_MIN, HELPERS_FEW_MAX = 3, 9  # of a coordinator with a low limit: fewer than what wants to attach
+REPLAYED_SHARE = 0.3  # of a block's pages, at most: some must be missing for everything else
+REPLAYED_RUN_MAX = 24  # pages
 CHURN_MAX = 100  # attachments one after the other, for what leaks only a little each time
 SEED_MAX = 1 << 32
 
@@ -121,6 +123,8 @@ class RoundPlan:
     helpers_max: int | None  # a low limit: who is too many is told so
     fds_spare: int | None = None  # another one: so many fds more than coordinator and keeper have at the start
     source_timeout_s: float = SOURCE_TIMEOUT_S
+    records: bool = False  # what is touched first
+    replay_seed: int | None = None  # of a working set that it brings first; None: there is none
     nbdkit: bool = True  # is the server, where it is installed
     dies_at_steps: bool = False  # processes are told at which step to die
     actions: list[Action] = field(default_factory=list)
@@ -159,6 +163,8 @@ def draw_round(seed: int, number: int, actors: int) -> RoundPlan:
         keeper=ending != "killed" or rng.random() < 0.5,
         helpers_max=few,
         fds_spare=spare,
+        records=rng.random() < 0.3,
+        replay_seed=rng.randrange(SEED_MAX) if rng.random() < 0.3 else None,
     )
     books: Books = {actor: [] for actor in range(actors)}
     for number in range(rng.randrange(ACTIONS_MIN, ACTIONS_MAX)):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from pcshare import errors, probe, runtime, trace, transport
+from pcshare import errors, probe, runtime, trace, transport, working_set
 from pcshare.launcher import Coordinator, Event
 from pcshare.protocol import AdminOp
 from pcshare.status import StatusReport, read_status
@@ -60,6 +60,7 @@ class Round:
         self._deadline_s, self._hold = deadline_s, hold
         self._name = f"stress-{os.getpid()}-{plan.number}"
         self._error_file = folder / world.ERROR_FILE
+        self._recorded, self._replayed = folder / "recorded.ws", folder / "replayed.ws"
         self._sources_down = 0
         self._scrapped: set[str] = set()  # blocks from which a helper removed pages
         self._planted: set[str] = set()  # blocks in which somebody broke the rules
@@ -80,6 +81,7 @@ class Round:
         for warning in warned:
             self._tally.fail(str(warning.message))
         self._check_nothing_left(own, before)
+        self._check_recorded()
 
     def _play_and_end(self) -> None:
         self._blocks = world.make_blocks(self._plan, self._folder, with_nbdkit=self._has_nbdkit())
@@ -140,6 +142,8 @@ class Round:
         if self._plan.huge and not huge:
             self._tally.note("not enough free huge pages: 4 KiB pages instead (sysctl vm.nr_hugepages=64)")
         self._page_size = HUGE_PAGE if huge else PAGE
+        if self._plan.replay_seed is not None:
+            world.write_set(self._replayed, self._plan.replay_seed, self._blocks)
         return Coordinator(
             self._name,
             {name: block.source for name, block in self._blocks.items()},
@@ -153,6 +157,8 @@ class Round:
             orphan_timeout_s=ORPHAN_TIMEOUT_KILLS_S if self._plan.keeper else ORPHAN_TIMEOUT_S,
             keeper=self._plan.keeper,
             helpers_max=self._plan.helpers_max,
+            record=self._recorded if self._plan.records else None,
+            replay=self._replayed if self._plan.replay_seed is not None else None,
         )
 
     def _huge_pages_needed(self) -> int:
@@ -591,6 +597,17 @@ class Round:
                 self._tally.fail(f"after the round: {path} is still there", Zero.LEAKS)
         for pid in self._served.left() if hasattr(self, "_served") else ():
             self._tally.fail(f"after the round: process {pid} still runs", Zero.LEAKS)
+
+    def _check_recorded(self) -> None:
+        """Whatever happened, the file is a working set, as it was written last."""
+        if not self._plan.records or not hasattr(self, "_served"):
+            return
+        try:
+            recorded = working_set.read(str(self._recorded))
+        except (OSError, errors.PcshareError) as error:
+            self._tally.fail(f"after the round: what was recorded is no working set: {error}")
+        else:
+            self._tally.recorded_pages += sum(recorded.runs.count)
 
 
 def _order(action: Action) -> dict[str, object]:

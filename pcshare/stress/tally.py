@@ -46,6 +46,7 @@ class Tally:
     lost_deaths: int = 0  # of actors that met a page that the source had lost
     bytes_checked: int = 0
     writes_checked: int = 0
+    recorded_pages: int = 0  # in the working sets that coordinators wrote
     waits_ms: list[float] = field(default_factory=list)  # for each time without a coordinator: the longest touch
     notes: Counter[str] = field(default_factory=Counter)
     zeros: Counter[Zero] = field(default_factory=lambda: Counter(dict.fromkeys(Zero, 0)))
@@ -92,7 +93,7 @@ class Tally:
     def to_json(self) -> dict[str, Any]:
         counted = (
             *("rounds", "faults", "kills", "coordinator_kills", "source_kills", "restarts", "replaces", "joins"),
-            *("leaves", "refusals", "lost_deaths", "bytes_checked", "writes_checked"),
+            *("leaves", "refusals", "lost_deaths", "bytes_checked", "writes_checked", "recorded_pages"),
         )
         return {
             "actions": dict(self.actions),

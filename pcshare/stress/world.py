@@ -9,12 +9,23 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from pcshare.stress.plan import PAGE, SLOT_BYTES, SLOTS_MAX, BlockPlan, RoundPlan
+from pcshare import working_set
+from pcshare.stress.plan import (
+    PAGE,
+    REPLAYED_RUN_MAX,
+    REPLAYED_SHARE,
+    SLOT_BYTES,
+    SLOTS_MAX,
+    BlockPlan,
+    RoundPlan,
+)
 from pcshare.stress.servers import Server
+from pcshare.working_set import Run, Runs, SetBlock, WorkingSet
 
 HOLE_SHARE = 0.4  # of a sparse file's stretches
 STRETCH_PAGES_MAX = 40
@@ -67,6 +78,23 @@ def _make_block(block: BlockPlan, folder: Path, error: str, with_nbdkit: bool) -
     server = Server(path, folder / f"{block.name}.sock", with_nbdkit=with_nbdkit)
     filters.append(f"timeout={SERVER_TIMEOUT}")
     return MadeBlock(block, path, f"{server.uri}#{'&'.join(filters)}", server)
+
+
+def write_set(path: Path, seed: int, blocks: Mapping[str, MadeBlock]) -> None:
+    """A working set of these blocks, runs of pages in no order, as if a job had touched them."""
+    rng = random.Random(seed)
+    table = tuple(SetBlock(name, block.path.stat().st_size, PAGE) for name, block in blocks.items())
+    runs = [run for place, block in enumerate(table) for run in _random_runs(rng, place, block.page_count)]
+    rng.shuffle(runs)
+    path.write_bytes(working_set.pack(WorkingSet(table, Runs.of(runs))))
+
+
+def _random_runs(rng: random.Random, place: int, n_pages: int) -> Iterator[Run]:
+    wanted = rng.randrange(int(n_pages * REPLAYED_SHARE))
+    while wanted > 0:
+        count = rng.randrange(1, REPLAYED_RUN_MAX)
+        yield place, rng.randrange(n_pages - count), count
+        wanted -= count
 
 
 def _write_sparse(path: Path, rng: random.Random, length: int) -> None:
