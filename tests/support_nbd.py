@@ -509,12 +509,12 @@ def serve_reads(peer: Peer, data: bytes, on_request: Callable[[Peer, Request], b
 
 
 class Withheld:
-    """Reads of single pages that a server takes and does not answer when they are asked for the first time."""
+    """Reads (offset, length) that a server takes and does not answer when they are asked for the first time."""
 
-    def __init__(self, data: bytes, pages: Iterable[int], page_size: int) -> None:
+    def __init__(self, data: bytes, reads: Iterable[tuple[int, int]], preferred: int = 4096) -> None:
         self._data = data
-        self._offsets = {page * page_size for page in pages}
-        self._page_size = page_size
+        self._reads = set(reads)
+        self._handshake = Handshake(size=len(data), block_sizes=(1, preferred, 32 << 20))
         self._owed: list[tuple[Peer, Request]] = []
 
     @property
@@ -522,7 +522,7 @@ class Withheld:
         return len(self._owed)
 
     def script(self, peer: Peer) -> None:
-        Handshake(size=len(self._data)).run(peer)
+        self._handshake.run(peer)
         serve_reads(peer, self._data, self._withhold)
 
     def answer_late(self) -> None:
@@ -532,11 +532,10 @@ class Withheld:
         self._owed.clear()
 
     def _withhold(self, peer: Peer, request: Request) -> bool:
-        is_first = (
-            request.command == Command.READ and request.length == self._page_size and request.offset in self._offsets
-        )
+        read = request.offset, request.length
+        is_first = request.command == Command.READ and read in self._reads
         if is_first:
-            self._offsets.remove(request.offset)
+            self._reads.remove(read)
             self._owed.append((peer, request))
         return is_first
 

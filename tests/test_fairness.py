@@ -199,7 +199,7 @@ def test_nobody_is_cut_off_for_pages_that_came_another_way(runtime_dir: Path, rn
     hanging = range(16)  # of one helper at once: at a near server 4, at a far one 16
     rounds = DEMANDS_IN_FLIGHT_MAX // THREADS_OF_A_HELPER + 1
     content = rng.randbytes((rounds + 1) * THREADS_OF_A_HELPER * PAGE)
-    withheld = Withheld(content, hanging, PAGE)
+    withheld = Withheld(content, [(page * PAGE, PAGE) for page in hanging])
     with (
         tempfile.TemporaryDirectory(prefix="pcs-", dir="/tmp") as folder,
         ScriptedServer(withheld.script) as server,

@@ -76,6 +76,16 @@ def write_ends_with(helper: HelperProcess, page: int) -> str:
     )
 
 
+# As write_ends_with, in many threads at once: writes to one file wait for each other.
+COPY = f"""
+def copy(page):
+    own_fd = os.memfd_create('copy')
+    try: return os.write(own_fd, memoryview(b)[page * {PAGE}:(page + 1) * {PAGE}])
+    except OSError as error: return errno.errorcode[error.errno]
+    finally: os.close(own_fd)
+"""
+
+
 # ---- pause ----
 
 
@@ -170,15 +180,13 @@ def test_late_page_is_lost_at_exactly_that_page_until_it_comes_after_all(
         wait_until(lambda: served.block().reason == "", "an end of the reason")
 
 
-def test_thousand_threads_that_wait_are_all_told(runtime_dir: Path, late: str) -> None:
+def test_many_threads_that_wait_are_all_told(runtime_dir: Path, late: str) -> None:
     """P3: also those whose pages wait in the helper's own queue."""
     with serving(late, stream_mode=LAZY, poison=True, fault_timeout_s=TIMEOUT_S) as served:
         helper = attached(served)
-        helper.do("import ctypes, signal; b2 = memoryview(b)")
-        answers = [helper.start(f"os.write(fd, b2[{page * PAGE}:{page * PAGE + 9}])") for page in range(300)]
-        for answer in answers:
-            with pytest.raises(OSError, match="Bad address"):
-                answer.result()
+        helper.do(COPY)
+        answers = [helper.start(f"copy({page})") for page in range(300)]
+        assert [answer.result() for answer in answers] == ["EFAULT"] * 300
         assert served.waiting() == 0
 
 
@@ -297,7 +305,7 @@ HANG_TIMEOUT_S = 0.5
 def test_pages_that_hang_keep_no_other_page_of_their_helper_from_coming(folder: Path, content: bytes) -> None:
     """P3: once they are late. A resume asks for them again; then the first answers come too, and places are counted
     right."""
-    withheld = Withheld(content, HANGING, PAGE)
+    withheld = Withheld(content, [(page * PAGE, PAGE) for page in HANGING])
     with ScriptedServer(withheld.script) as server:
         path, _ = server.listen(folder / "s.sock")
         source = f"data=nbd+unix:///?socket={path}#timeout=600s"
@@ -321,19 +329,13 @@ def test_pages_that_hang_keep_no_other_page_of_their_helper_from_coming(folder: 
 
 def test_page_that_stands_in_the_queue_behind_lost_ones_is_not_lost(folder: Path, content: bytes) -> None:
     """P3: exactly what the source does not bring."""
-    withheld = Withheld(content, HANGING, PAGE)
+    withheld = Withheld(content, [(page * PAGE, PAGE) for page in HANGING])
     with ScriptedServer(withheld.script) as server:
         path, _ = server.listen(folder / "s.sock")
         source = f"data=nbd+unix:///?socket={path}#timeout=600s"
         with serving(source, stream_mode=LAZY, poison=True, fault_timeout_s=HANG_TIMEOUT_S) as served:
             helper = attached(served)
-            helper.do(
-                "def copy(page):\n"
-                "    own_fd = os.memfd_create('copy')  # writes to one file wait for each other\n"
-                f"    try: return os.write(own_fd, memoryview(b)[page * {PAGE}:(page + 1) * {PAGE}])\n"
-                "    except OSError as error: return errno.errorcode[error.errno]\n"
-                "    finally: os.close(own_fd)"
-            )
+            helper.do(COPY)
             hanging = [helper.start(f"copy({page})") for page in HANGING]
             wait_until(lambda: withheld.owed_count >= NBD_SHARE, "the first questions")
             behind = [helper.start(f"copy({page})") for page in BEHIND]
@@ -343,6 +345,49 @@ def test_page_that_stands_in_the_queue_behind_lost_ones_is_not_lost(folder: Path
             withheld.answer_late()
             wait_until(lambda: served.block().lost_pages == 0, "the late pages")
             assert helper.do("copy(0)") == PAGE
+
+
+def test_of_a_hint_that_hangs_is_lost_what_somebody_waits_for_and_no_more(folder: Path, content: bytes) -> None:
+    """P3: not because somebody waits for something else of the block; and once somebody does, that too."""
+    withheld = Withheld(content, [(0, 64 * PAGE), (300 * PAGE, 2 * PAGE)])
+    with ScriptedServer(withheld.script) as server:
+        path, _ = server.listen(folder / "s.sock")
+        source = f"data=nbd+unix:///?socket={path}#timeout=600s"
+        with serving(source, stream_mode=LAZY, poison=True, fault_timeout_s=TIMEOUT_S) as served:
+            helper = attached(served)
+            helper.do(f"b.prefetch(slice(0, {64 * PAGE}))")
+            wait_until(lambda: withheld.owed_count == 1, "the hint")
+            n_lost = 0
+            for first, end in ((300, 302), (10, 12), (20, 25)):
+                with pytest.raises(SourceLost) as caught:
+                    helper.do(f"b.ensure(slice({first * PAGE}, {end * PAGE}))")
+                assert caught.value.offset == first * PAGE
+                n_lost += end - first
+                assert served.block().lost_pages == n_lost
+            assert helper.do(f"read(b, 5, {PAGE})") == content[5 : 5 + PAGE]
+            withheld.answer_late()
+            wait_until(lambda: served.block().lost_pages == 0, "the late pages")
+
+
+def test_pages_around_one_that_hangs_come_for_who_waits_for_them(folder: Path, content: bytes) -> None:
+    """P3: they were asked for along with it, and nobody else could ask."""
+    around = 64 << 10
+    withheld = Withheld(content, [(0, around)], preferred=around)
+    with ScriptedServer(withheld.script) as server:
+        path, _ = server.listen(folder / "s.sock")
+        source = f"data=nbd+unix:///?socket={path}#timeout=600s"
+        with serving(source, stream_mode=LAZY, poison=True, fault_timeout_s=TIMEOUT_S) as served:
+            victim, helper = attached(served), attached(served)
+            victim.start(f"read(b, {5 * PAGE})")
+            wait_until(lambda: withheld.owed_count == 1, "the question")
+            beside = [helper.start(f"b.ensure(slice({first * PAGE}, {end * PAGE}))") for first, end in ((1, 4), (6, 9))]
+            for one in beside:
+                one.result()
+            assert -victim.wait_for_end() == signal.SIGBUS
+            assert served.block().lost_pages == 1
+            withheld.answer_late()
+            wait_until(lambda: served.block().lost_pages == 0, "the late page")
+            assert helper.do(f"read(b, 0, {around})") == content[:around]
 
 
 # ---- servers and migrations ----

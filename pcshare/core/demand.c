@@ -5,7 +5,7 @@
  * keeps the rest to itself: whoever else faults waits behind a few. Asks in the order of the helper's faults; what has
  * come by another way meanwhile is not asked for. What is late gives its place up: a few pages that hang keep no other
  * page of the helper's from coming. Where a source reads more than a page in any case, the pages around are asked for
- * with it, and forgotten if that fails: then the page is asked for alone.
+ * with it, and forgotten if that fails or is late: then the page is asked for alone, or others ask for theirs.
  */
 #include "fault_internal.h"
 
@@ -23,7 +23,9 @@ struct demand {
     struct served_block *served;
     uint32_t asker; /* the remote fd whose fault it is */
     uint64_t page;  /* where it is; the request may be for more */
-    int is_claimed; /* what it asks for is marked requested */
+    uint64_t first, n_claimed; /* what was marked requested for it */
+    int is_claimed;            /* and still is */
+    int has_rest_back;         /* but for the page alone. Under demands_lock */
     uint8_t bytes[];
 };
 
@@ -186,21 +188,53 @@ static int find_late(struct fault_threads *ft, uint64_t then_ns, uint32_t *asker
     return demand != NULL;
 }
 
+/* Pages around a late one, which others may ask for now. */
+struct given_up {
+    struct ramblock *block; /* NULL: none */
+    uint64_t first, page, end;
+};
+
+/* With the lock held. remote NULL: it has gone. */
+static struct given_up give_up(struct demand *demand, struct remote_fd *remote)
+{
+    struct given_up rest = {.block = NULL};
+
+    if (remote) {
+        remote->demands.at_source--;
+        remote->demands.n_late++;
+    }
+    if (demand->n_claimed > 1 && !demand->has_rest_back)
+        rest = (struct given_up){.block = demand->served->block,
+                                 .first = demand->first,
+                                 .page = demand->page,
+                                 .end = demand->first + demand->n_claimed};
+    demand->has_rest_back = 1;
+    return rest;
+}
+
+static void give_back_rest(struct fault_threads *ft, const struct given_up *rest)
+{
+    if (!rest->block)
+        return;
+    stream_give_back(ft, rest->block, rest->first, rest->page - rest->first);
+    stream_give_back(ft, rest->block, rest->page + 1, rest->end - rest->page - 1);
+}
+
 void demand_give_up_late(struct fault_threads *ft, uint64_t then_ns)
 {
     uint32_t asker;
 
     while (find_late(ft, then_ns, &asker)) {
         struct remote_fd *remote = remote_by_id(ft, asker); /* not under the lock */
+        struct given_up rest = {.block = NULL};
 
         pthread_mutex_lock(&ft->demands_lock);
         struct demand *demand = oldest(ft, then_ns);
         /* It may have been answered meanwhile: then the oldest may be another's. */
-        if (demand && demand->asker == asker && unlink_demand(ft, demand) && remote) {
-            remote->demands.at_source--;
-            remote->demands.n_late++;
-        }
+        if (demand && demand->asker == asker && unlink_demand(ft, demand))
+            rest = give_up(demand, remote);
         pthread_mutex_unlock(&ft->demands_lock);
+        give_back_rest(ft, &rest);
         if (!remote)
             continue;
         ask_queued(ft, remote);
@@ -244,9 +278,17 @@ static int place_answer(struct demand *demand, uint64_t *placedp)
 
 static void give_back_claim(struct demand *demand)
 {
-    if (demand->is_claimed)
-        stream_give_back(demand->ft, demand->served->block, demand->request.page, demand->request.n_pages);
+    struct fault_threads *ft = demand->ft;
+
+    if (!demand->is_claimed)
+        return;
     demand->is_claimed = 0;
+    pthread_mutex_lock(&ft->demands_lock);
+    int is_alone = demand->has_rest_back;
+    demand->has_rest_back = 1;
+    pthread_mutex_unlock(&ft->demands_lock);
+    stream_give_back(ft, demand->served->block, is_alone ? demand->page : demand->first,
+                     is_alone ? 1 : demand->n_claimed);
 }
 
 /* What became of a demand: the page is placed, or it failed. */
@@ -339,7 +381,10 @@ void demand_ask(struct fault_threads *ft, struct remote_fd *remote, uint64_t pag
     demand->served = served;
     demand->asker = remote->id;
     demand->page = page;
+    demand->first = first;
+    demand->n_claimed = n_claimed;
     demand->is_claimed = n_claimed > 0;
+    demand->has_rest_back = 0;
     link_demand(ft, demand);
     __atomic_fetch_add(&ft->demand_in_flight, 1, __ATOMIC_ACQ_REL);
     submit(demand, first, n);

@@ -57,38 +57,60 @@ static void look_at_waiters(struct fault_threads *ft, uint64_t then_ns)
         pages_are_late(ft, block, page, page + 1);
 }
 
-/* Somebody waits for it: for a part of it, or for what cannot be asked for because it is under way. */
-static int is_waited_for(const struct stream *s, const struct stream_piece *piece)
-{
-    int found = piece->kind == PLACED_DEMAND;
+struct page_span {
+    uint64_t start, end;
+};
 
-    for (const struct stream_range *range = s->ranges; range && !found; range = range->next)
-        found = range->wait && range->block == piece->block;
-    return found;
+/* What of it somebody waits for: all that was asked for because of that; else what a range cannot ask for itself,
+ * because it is under way. */
+static struct page_span waited_part(const struct stream *s, const struct stream_piece *piece)
+{
+    uint64_t first = piece->request.page, end = first + piece->request.n_pages;
+    struct page_span part = {.start = end, .end = first};
+
+    if (piece->kind == PLACED_DEMAND)
+        return (struct page_span){.start = first, .end = end};
+    for (const struct stream_range *range = s->ranges; range; range = range->next) {
+        if (!range->wait || range->block != piece->block || range->start >= end || range->end <= first)
+            continue;
+        part.start = range->start < part.start ? range->start : part.start;
+        part.end = range->end > part.end ? range->end : part.end;
+    }
+    return (struct page_span){.start = part.start > first ? part.start : first, .end = part.end < end ? part.end : end};
+}
+
+/* Under the stream's lock: whether somebody waits too long for a part of it that has not been told. */
+static int is_newly_late(const struct stream *s, struct stream_piece *piece, uint64_t then_ns, struct page_span *partp)
+{
+    if (!piece->block || piece->asked_ns > then_ns)
+        return 0;
+    *partp = waited_part(s, piece);
+    if (partp->start >= partp->end || (piece->late_start <= partp->start && partp->end <= piece->late_end))
+        return 0;
+    piece->late_start = partp->start;
+    piece->late_end = partp->end;
+    return 1;
 }
 
 /* Pieces begin and end in this thread alone. */
 static void look_at_pieces(struct fault_threads *ft, uint64_t then_ns)
 {
     struct stream *s = &ft->stream;
+    struct page_span part;
 
     for (uint32_t i = 0; i < STREAM_WINDOW; i++) {
-        struct stream_piece *piece = &s->pieces[i];
-        uint64_t page = piece->request.page;
-
         pthread_mutex_lock(&s->lock);
-        int is_late = piece->block && !piece->late && piece->asked_ns <= then_ns && is_waited_for(s, piece);
-        piece->late |= is_late;
+        int is_late = is_newly_late(s, &s->pieces[i], then_ns, &part);
         pthread_mutex_unlock(&s->lock);
         if (is_late)
-            pages_are_late(ft, piece->block, page, page + piece->request.n_pages);
+            pages_are_late(ft, s->pieces[i].block, part.start, part.end);
     }
 }
 
 static int has_late_piece(const struct stream *s, const struct ramblock *block)
 {
     for (uint32_t i = 0; i < STREAM_WINDOW; i++)
-        if (s->pieces[i].block == block && s->pieces[i].late)
+        if (s->pieces[i].block == block && s->pieces[i].late_end)
             return 1;
     return 0;
 }
@@ -159,8 +181,8 @@ void timeout_forget(struct fault_threads *ft, struct served_block *served)
     waiters_unask_late(&ft->waiters, served->block);
     pthread_mutex_lock(&s->lock);
     for (uint32_t i = 0; i < STREAM_WINDOW; i++) {
-        if (s->pieces[i].block == served->block && s->pieces[i].late) {
-            s->pieces[i].late = 0;
+        if (s->pieces[i].block == served->block && s->pieces[i].late_end) {
+            s->pieces[i].late_start = s->pieces[i].late_end = 0;
             s->pieces[i].asked_ns = clock_ns();
         }
     }

@@ -384,7 +384,7 @@ static void submit_piece(struct fault_threads *ft, struct stream_piece *piece)
     request->block_index = block->index;
     request->done = piece_done;
     piece->asked_ns = clock_ns();
-    piece->late = 0;
+    piece->late_start = piece->late_end = 0;
     trace_point(TRACE_STREAM_REQUEST, block->index, 0, request->page, request->n_pages);
     page_channel_submit(served_block_of(ft, block)->channel, request);
 }
