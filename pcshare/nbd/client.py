@@ -76,14 +76,15 @@ class _Refused(Exception):
         self.text = text
 
 
-def negotiate(connection: socket.socket, export_name: str, deadline: float) -> Session:
-    """A session on one export; consumes the connection, also when it fails.
+def negotiate(connection: socket.socket, export_name: str, deadline: float, *, is_plain: bool = False) -> Session:
+    """A session on one export; consumes the connection, also when it fails. is_plain: without structured replies, which
+    servers send in three parts, each of which wakes who waits for the page; a simple one has two.
 
     SourceError: ETIMEDOUT, ECONNRESET (hung up), EPROTO (garbage), ENOENT (no such export), EPROTONOSUPPORT (oldstyle,
     or TLS is required), EACCES (the server's policy), ENODATA and EFBIG (an export that is empty or too large)."""
     line = Line(connection, deadline)
     try:
-        export, context = _haggle(line, export_name, _encoded_name(export_name))
+        export, context = _haggle(line, export_name, _encoded_name(export_name), is_plain)
         _check_size(export.size, export_name)
         return Session(line, export, context)
     except BaseException:
@@ -108,13 +109,13 @@ def list_exports(connection: socket.socket, deadline: float) -> list[str]:
         connection.close()
 
 
-def _haggle(line: Line, export_name: str, name: bytes) -> tuple[ServerExport, int | None]:
+def _haggle(line: Line, export_name: str, name: bytes, is_plain: bool) -> tuple[ServerExport, int | None]:
     """The export, and the number of base:allocation where it was negotiated."""
     flags = _greet(line)
     if not flags & HandshakeFlag.FIXED_NEWSTYLE:
         return _choose_by_name(line, name, flags, structured=False, context=None), None
     try:
-        structured = _is_granted(line, Option.STRUCTURED_REPLY)
+        structured = not is_plain and _is_granted(line, Option.STRUCTURED_REPLY)
         context = _allocation_context(line, name) if structured else None
         try:
             return _go(line, name, structured, context), context

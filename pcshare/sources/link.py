@@ -305,7 +305,9 @@ class Link(Generic[Facts]):
 
     # -- connecting
 
-    def _connect(self, connect_s: float, handshake_s: float, latest: float = math.inf) -> _Line:
+    def _connect(
+        self, connect_s: float, handshake_s: float, latest: float = math.inf, *, is_plain: bool = False
+    ) -> _Line:
         """A session with the server in use, with nothing outstanding; at the latest then (time.monotonic())."""
         server = self._servers[self._at]
         if isinstance(server, _CHILD_TARGETS):
@@ -313,7 +315,8 @@ class Link(Generic[Facts]):
         connected = connect(server, min(latest, time.monotonic() + connect_s), self._stop, self._reply_timeout_s)
         try:
             with stoppable(connected, self._stop):
-                session = negotiate(connected.socket, server.export, min(latest, time.monotonic() + handshake_s))
+                deadline = min(latest, time.monotonic() + handshake_s)
+                session = negotiate(connected.socket, server.export, deadline, is_plain=is_plain)
             self._stop.check()
             self._check_state(server, session.export.description)
         except BaseException as error:
@@ -467,7 +470,7 @@ class Link(Generic[Facts]):
     def _add_demand(self) -> None:
         self._demand_due = math.inf
         try:
-            line = self._connect(DEMAND_TIMEOUT_S, DEMAND_TIMEOUT_S)
+            line = self._connect(DEMAND_TIMEOUT_S, DEMAND_TIMEOUT_S, is_plain=True)
         except PcshareError as error:
             self._put_off_demand(error)
             return
