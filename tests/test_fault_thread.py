@@ -10,6 +10,7 @@ import random
 import re
 import select
 import struct
+import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from core_support import child
+from core_support import child, compile_c
 from pcshare import fault_thread
 from pcshare.core import ffi, lib
 from pcshare.errors import PcshareError
@@ -32,7 +33,7 @@ from support_serving import EAGER, LAZY, PAGE, WAIT_S, is_readable, make_file, p
 N_PAGES = 64
 LENGTH = N_PAGES * PAGE - 100
 MANY_PAGES = 1 << 15
-POLL_UFFD = 1  # of fault_thread.c
+POLL_UFFD = 1  # of fault_internal.h
 SYS_SCHED_GETATTR, SCHED_ATTR_BYTES = 315, 48  # of x86-64; of the structure's first version
 THREAD_ID = lib.UFFD_FEATURE_BIT_THREAD_ID
 
@@ -148,6 +149,28 @@ def test_helper_has_a_home_but_not_while_anothers_many_threads_fault(
         wait_until(lambda: pollers() == 2, "no home beside the crowd")
         crowd.do("goes_on = False")
         wait_until(lambda: pollers() == 1, "a home again")
+
+
+@pytest.fixture(scope="module", params=[None, "address,undefined"], ids=["plain", "asan"])
+def wait_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_c(tmp_path_factory.mktemp("c") / "wait", "fault_wait_test.c", ["fault_wait.c"], request.param)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "near_answer_is_met_awake",
+        "who_has_asked_for_nothing_sleeps_at_once",
+        "source_whose_answers_are_not_polled_for_is_not_looked_for",
+        "far_answers_are_hardly_ever_looked_for",
+        "answers_that_come_soon_again_are_found_out",
+        "other_events_teach_nothing",
+    ],
+)
+def test_waiting(wait_program: Path, case: str) -> None:
+    """How long a thread looks for an answer before it sleeps, by a clock of the program's own."""
+    done = subprocess.run([str(wait_program), case], capture_output=True, text=True, timeout=WAIT_S, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("n", [0, 65])

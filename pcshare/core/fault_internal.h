@@ -1,17 +1,18 @@
 /* fault_internal: what the files of the fault thread share: the set of threads, blocks and remote fds. Private to the
  * core.
  *
- * Files: fault_thread.c (threads and what they poll), fault_set.c (adding, finding, removing), request.c (a fault's way
- * to its page), fault_ahead.c (what it brings besides), demand.c (what faults ask of sources), fault_timeout.c (what
- * takes too long), fault_follow.c (what a writable helper does to its mapping), fault_home.c (which of them answers),
- * stream.c (all that is asked for without a fault), fault_control.c (messages of attached helpers), fault_event.c (what
- * Python is told), working_set.c (what was touched, in which order).
+ * Files: fault_thread.c (threads and what they poll), fault_wait.c (how they wait for it), fault_set.c (adding, finding,
+ * removing), request.c (a fault's way to its page), fault_ahead.c (what it brings besides), demand.c (what faults ask of
+ * sources), fault_timeout.c (what takes too long), fault_follow.c (what a writable helper does to its mapping),
+ * fault_home.c (which of them answers), stream.c (all that is asked for without a fault), fault_control.c (messages of
+ * attached helpers), fault_event.c (what Python is told), working_set.c (what was touched, in which order).
  */
 #ifndef PCSHARE_FAULT_INTERNAL_H
 #define PCSHARE_FAULT_INTERNAL_H
 
 #include <pthread.h>
 #include <stdint.h>
+#include <sys/epoll.h>
 
 #include "fault_thread.h"
 #include "stream.h"
@@ -23,6 +24,10 @@ enum {
     EPOLL_EVENTS_MAX = 64,
     CONTROL_MESSAGES_MAX = 8, /* read from one helper in a row */
 };
+
+/* What an epoll event is about; the low half of its data is a remote fd's id, or the index of a channel's block. */
+enum { POLL_QUIT = 0, POLL_UFFD = 1, POLL_CONTROL = 2, POLL_CHANNEL = 3 };
+enum { POLL_KIND_SHIFT = 32 };
 
 /* Pages that the stream asks for first: see stream_replay.h. */
 struct replay_run {
@@ -89,6 +94,8 @@ struct fault_worker {
     int epoll_fd;
     int started;
     uint32_t epoch_seen;
+    int awaits_answer; /* this and the next two: fault_wait.c's */
+    uint32_t skips, skips_left;
     int is_put_off;  /* follow_uffd's: a fault was left unanswered, since its helper's address space is changing */
     int is_answered; /* and another was not: it no longer is */
     uint8_t *staging; /* one page of the largest size */
@@ -144,6 +151,12 @@ void disable_remote(struct fault_threads *ft, struct remote_fd *remote, int erro
 void wait_for_workers(struct fault_threads *ft);
 /* Whether something waits for the worker, other than what this remote fd's uffd says. */
 int worker_is_wanted(const struct fault_worker *worker, const struct remote_fd *remote);
+
+/* fault_wait.c */
+/* Faults of this remote fd were dealt with: perhaps a server owes an answer now. */
+void wait_note_fault(struct fault_worker *worker, const struct remote_fd *remote);
+/* As epoll_wait without a timeout. */
+int wait_for_events(struct fault_worker *worker, struct epoll_event *events, int most);
 
 /* fault_set.c */
 struct remote_fd *remote_by_id(struct fault_threads *ft, uint32_t id); /* counted; NULL: gone */

@@ -16,9 +16,6 @@
 #include "trace.h"
 #include "uffd.h"
 
-/* What an epoll event is about; the low half of its data is a remote fd's id, or the index of a channel's block. */
-enum { POLL_QUIT = 0, POLL_UFFD = 1, POLL_CONTROL = 2, POLL_CHANNEL = 3 };
-enum { POLL_KIND_SHIFT = 32 };
 static const uint64_t beside_others_ns = 100000000; /* since another helper faulted: then it is likely to fault again */
 
 /* ---- polling ---- */
@@ -168,10 +165,12 @@ static void dispatch(struct fault_worker *worker, const struct epoll_event *even
     if (!remote)
         return;
     if (!__atomic_load_n(&remote->disabled, __ATOMIC_ACQUIRE)) {
-        if (kind == POLL_UFFD)
-            handle_uffd(worker, remote, event->events);
-        else
+        if (kind == POLL_CONTROL) {
             handle_control(worker->ft, remote);
+        } else {
+            handle_uffd(worker, remote, event->events);
+            wait_note_fault(worker, remote);
+        }
     } else { /* cut off while it was being added */
         (void)epoll_ctl(worker->epoll_fd, EPOLL_CTL_DEL, kind == POLL_UFFD ? remote->uffd : remote->control, NULL);
     }
@@ -216,7 +215,7 @@ static void *worker_run(void *argument)
         pass_by(worker);
         if (__atomic_load_n(&ft->quit, __ATOMIC_ACQUIRE))
             break;
-        int n = epoll_wait(worker->epoll_fd, events, EPOLL_EVENTS_MAX, -1);
+        int n = wait_for_events(worker, events, EPOLL_EVENTS_MAX);
         for (int i = 0; i < n; i++)
             dispatch(worker, &events[i]);
     }

@@ -1,0 +1,60 @@
+/* fault_wait: how a fault thread waits for what happens next.
+ *
+ * To wake a sleeping CPU takes longer than a near server needs for its answer. So a thread that has asked one for a page
+ * looks for the answer a while before it sleeps. Where answers do not come meanwhile (from a far server, from one that
+ * would run on this very CPU, on a busy machine) it looks more and more seldom, and at last hardly ever.
+ */
+#include "fault_internal.h"
+
+#include "thread.h"
+
+enum {
+    WAIT_LOOK_NS = 40000,    /* somewhat more than waking the server's CPU, and what it does then */
+    WAIT_SKIPPED_MAX = 4096, /* waits without a look, after many looks in vain */
+};
+
+void wait_note_fault(struct fault_worker *worker, const struct remote_fd *remote)
+{
+    struct served_block *served = served_block_of(worker->ft, remote->block);
+
+    worker->awaits_answer = page_channel_poll_fd(served->channel) >= 0 &&
+                            __atomic_load_n(&worker->ft->demand_in_flight, __ATOMIC_RELAXED) > 0;
+}
+
+static int has_answer(const struct epoll_event *events, int n)
+{
+    for (int i = 0; i < n; i++)
+        if (events[i].data.u64 >> POLL_KIND_SHIFT == POLL_CHANNEL)
+            return 1;
+    return 0;
+}
+
+static int look(struct fault_worker *worker, struct epoll_event *events, int most)
+{
+    uint64_t end_ns = clock_ns() + WAIT_LOOK_NS;
+    int n;
+
+    do
+        n = epoll_wait(worker->epoll_fd, events, most, 0);
+    while (n == 0 && clock_ns() < end_ns);
+    if (n == 0) {
+        worker->skips = worker->skips ? 2 * worker->skips : 1;
+        worker->skips = worker->skips < WAIT_SKIPPED_MAX ? worker->skips : WAIT_SKIPPED_MAX;
+        worker->skips_left = worker->skips;
+    } else if (has_answer(events, n)) {
+        worker->skips /= 2;
+    }
+    return n;
+}
+
+int wait_for_events(struct fault_worker *worker, struct epoll_event *events, int most)
+{
+    int n = 0;
+
+    if (worker->awaits_answer && worker->skips_left == 0)
+        n = look(worker, events, most);
+    else if (worker->awaits_answer)
+        worker->skips_left--;
+    worker->awaits_answer = 0;
+    return n != 0 ? n : epoll_wait(worker->epoll_fd, events, most, -1);
+}
