@@ -122,5 +122,6 @@ void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_
     __atomic_store_n(&remote->home_faults, 0, __ATOMIC_RELAXED);
     if (home != remote->home_cpu)
         move_home(ft, remote, home);
+    __atomic_store_n(&remote->home_fault_ns, clock_ns(), __ATOMIC_RELAXED); /* a look is no pause of the helper's */
     __atomic_store_n(&remote->home_moves, 0, __ATOMIC_RELEASE);
 }
