@@ -22,7 +22,8 @@ enum {
     HOME_ANYWHERE_THREADS = 4,   /* each fault of a helper without a home wakes them all */
     HOME_LOOK_NS = 100000000,    /* a look at /proc costs as much as two faults: seldom, */
     HOME_LOOK_SOON_NS = 1000000, /* but soon where the helper may have moved, */
-    HOME_AWAY_NS = 30000,        /* since it took so long from one fault to the next; then nothing waits for the look */
+    HOME_AWAY_NS = 30000,        /* since it took so long from one fault to the next, */
+    HOME_LOOK_BESIDE_NS = 10000000, /* less soon while others fault, for which it may have waited, */
     HOME_LOOK_FAULTS = 256,      /* and of one whose threads fault in turns, which may have no home */
     HOME_CROWD_NS = 100000000,   /* since such a helper faulted beside others */
     HOME_STAT_FIELD = 39,        /* "processor" in proc(5): the CPU that a thread ran on last */
@@ -107,7 +108,7 @@ void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_
     uint64_t pause_ns = now_ns - __atomic_exchange_n(&remote->home_fault_ns, now_ns, __ATOMIC_RELAXED);
     uint32_t faults = __atomic_add_fetch(&remote->home_faults, 1, __ATOMIC_RELAXED);
     int is_beside = now_ns < __atomic_load_n(&ft->beside_others_until_ns, __ATOMIC_RELAXED);
-    int has_moved = since_ns > HOME_LOOK_SOON_NS && pause_ns > HOME_AWAY_NS && !is_beside;
+    int has_moved = since_ns > (is_beside ? HOME_LOOK_BESIDE_NS : HOME_LOOK_SOON_NS) && pause_ns > HOME_AWAY_NS;
     int has_threads = faults >= HOME_LOOK_FAULTS && tid != __atomic_load_n(&remote->home_tid, __ATOMIC_RELAXED);
     int in_crowd = is_in_crowd(ft, now_ns, is_beside, has_threads);
     int must_leave = in_crowd && __atomic_load_n(&remote->home_cpu, __ATOMIC_RELAXED) != HOME_ANYWHERE;
