@@ -21,8 +21,8 @@ struct demand {
     struct page_request request;
     struct fault_threads *ft;
     struct served_block *served;
-    uint32_t asker; /* the remote fd whose fault it is */
-    uint64_t page;  /* where it is; the request may be for more */
+    uint32_t asker;            /* the remote fd whose fault it is */
+    uint64_t page;             /* where it is; the request may be for more */
     uint64_t first, n_claimed; /* what was marked requested for it */
     int is_claimed;            /* and still is */
     int has_rest_back;         /* but for the page alone. Under demands_lock */

@@ -19,14 +19,14 @@
 
 enum {
     HOME_ANYWHERE = -1,
-    HOME_ANYWHERE_THREADS = 4,   /* each fault of a helper without a home wakes them all */
-    HOME_LOOK_NS = 100000000,    /* a look at /proc costs as much as two faults: seldom, */
-    HOME_LOOK_SOON_NS = 1000000, /* but soon where the helper may have moved, */
-    HOME_AWAY_NS = 30000,        /* since it took so long from one fault to the next, */
+    HOME_ANYWHERE_THREADS = 4,      /* each fault of a helper without a home wakes them all */
+    HOME_LOOK_NS = 100000000,       /* a look at /proc costs as much as two faults: seldom, */
+    HOME_LOOK_SOON_NS = 1000000,    /* but soon where the helper may have moved, */
+    HOME_AWAY_NS = 30000,           /* since it took so long from one fault to the next, */
     HOME_LOOK_BESIDE_NS = 10000000, /* less soon while others fault, for which it may have waited, */
-    HOME_LOOK_FAULTS = 256,      /* and of one whose threads fault in turns, which may have no home */
-    HOME_CROWD_NS = 100000000,   /* since such a helper faulted beside others */
-    HOME_STAT_FIELD = 39,        /* "processor" in proc(5): the CPU that a thread ran on last */
+    HOME_LOOK_FAULTS = 256,         /* and of one whose threads fault in turns, which may have no home */
+    HOME_CROWD_NS = 100000000,      /* since such a helper faulted beside others */
+    HOME_STAT_FIELD = 39,           /* "processor" in proc(5): the CPU that a thread ran on last */
     HOME_STAT_BYTES = 1024,
 };
 
@@ -116,8 +116,7 @@ void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_
 
     if (!due || !remote->status || __atomic_exchange_n(&remote->home_moves, 1, __ATOMIC_ACQUIRE))
         return;
-    int32_t home =
-        in_crowd || !tid ? HOME_ANYWHERE : home_for(ft, remote, tid, cpu_of(remote->status->pid, tid));
+    int32_t home = in_crowd || !tid ? HOME_ANYWHERE : home_for(ft, remote, tid, cpu_of(remote->status->pid, tid));
     __atomic_store_n(&remote->home_tid, tid, __ATOMIC_RELAXED);
     __atomic_store_n(&remote->home_look_ns, now_ns, __ATOMIC_RELAXED);
     __atomic_store_n(&remote->home_faults, 0, __ATOMIC_RELAXED);

@@ -61,8 +61,8 @@ struct page_span {
     uint64_t start, end;
 };
 
-/* What of it somebody waits for: all that was asked for because of that; else what a range cannot ask for itself,
- * because it is under way. */
+/* What of it somebody waits for: all that was asked for because of that; else what ranges cannot ask for themselves,
+ * because it is under way, with what lies between them. */
 static struct page_span waited_part(const struct stream *s, const struct stream_piece *piece)
 {
     uint64_t first = piece->request.page, end = first + piece->request.n_pages;

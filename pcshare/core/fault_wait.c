@@ -1,8 +1,8 @@
 /* fault_wait: how a fault thread waits for what happens next.
  *
- * To wake a sleeping CPU takes longer than a near server needs for its answer. So a thread that has asked one for a page
- * looks for the answer a while before it sleeps. Where answers do not come meanwhile (from a far server, from one that
- * would run on this very CPU, on a busy machine) it looks more and more seldom, and at last hardly ever.
+ * To wake a sleeping CPU takes longer than a near server needs for its answer. So a thread that has asked one for a
+ * page looks for the answer a while before it sleeps. Where answers do not come meanwhile (from a far server, from one
+ * that would run on this very CPU, on a busy machine) it looks more and more seldom, and at last hardly ever.
  */
 #include "fault_internal.h"
 
