@@ -357,12 +357,12 @@ def test_of_a_hint_that_hangs_is_lost_what_somebody_waits_for_and_no_more(folder
             helper = attached(served)
             helper.do(f"b.prefetch(slice(0, {64 * PAGE}))")
             wait_until(lambda: withheld.owed_count == 1, "the hint")
-            n_lost = 0
-            for first, end in ((300, 302), (10, 12), (20, 25)):
+            for first, end, n_lost in ((300, 302, 2), (10, 12, 4), (20, 25, 9)):
                 with pytest.raises(SourceLost) as caught:
                     helper.do(f"b.ensure(slice({first * PAGE}, {end * PAGE}))")
                 assert caught.value.offset == first * PAGE
-                n_lost += end - first
+                wait_until(lambda: served.block().lost_pages == n_lost, "the loss of the others")  # noqa: B023
+                time.sleep(TIMEOUT_S / 2)  # looks for what is late come several times meanwhile
                 assert served.block().lost_pages == n_lost
             assert helper.do(f"read(b, 5, {PAGE})") == content[5 : 5 + PAGE]
             withheld.answer_late()
@@ -388,6 +388,41 @@ def test_pages_around_one_that_hangs_come_for_who_waits_for_them(folder: Path, c
             withheld.answer_late()
             wait_until(lambda: served.block().lost_pages == 0, "the late page")
             assert helper.do(f"read(b, 0, {around})") == content[:around]
+
+
+def test_hint_that_hangs_keeps_no_range_from_being_asked_for(folder: Path, content: bytes) -> None:
+    """P3: not either where a touch hangs too, beside which the stream asks for little at a time."""
+    withheld = Withheld(content, [(0, 64 * PAGE), (500 * PAGE, PAGE)])
+    with ScriptedServer(withheld.script) as server:
+        path, _ = server.listen(folder / "s.sock")
+        source = f"data=nbd+unix:///?socket={path}#timeout=600s"
+        with serving(source, stream_mode=LAZY, poison=True, fault_timeout_s=TIMEOUT_S) as served:
+            victim, helper = attached(served), attached(served)
+            helper.do(f"b.prefetch(slice(0, {64 * PAGE}))")
+            wait_until(lambda: withheld.owed_count == 1, "the hint")
+            victim.start(f"read(b, {500 * PAGE})")
+            wait_until(lambda: withheld.owed_count == 2, "the touch")
+            for first in (300, 310, 320):
+                helper.do(f"b.ensure(slice({first * PAGE}, {(first + 2) * PAGE}))")
+            assert -victim.wait_for_end() == signal.SIGBUS
+            assert served.block().lost_pages == 1
+
+
+def test_page_that_hangs_comes_for_another_when_who_touched_it_has_died(folder: Path, content: bytes) -> None:
+    """P3: it was asked for with those around it, and nobody waited for it any more."""
+    around = 64 << 10
+    withheld = Withheld(content, [(0, around)], preferred=around)
+    with ScriptedServer(withheld.script) as server:
+        path, _ = server.listen(folder / "s.sock")
+        source = f"data=nbd+unix:///?socket={path}#timeout=600s"
+        with serving(source, stream_mode=LAZY, fault_timeout_s=TIMEOUT_S) as served:
+            victim, helper = attached(served), attached(served)
+            victim.start(f"read(b, {5 * PAGE})")
+            wait_until(lambda: withheld.owed_count == 1, "the question")
+            victim.process.kill()
+            victim.wait_for_end()
+            helper.do(f"b.ensure(slice({4 * PAGE}, {7 * PAGE}))")
+            assert helper.do(f"read(b, {5 * PAGE}, {PAGE})") == page_in(content, 5)
 
 
 # ---- servers and migrations ----

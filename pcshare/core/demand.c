@@ -24,8 +24,7 @@ struct demand {
     uint32_t asker;            /* the remote fd whose fault it is */
     uint64_t page;             /* where it is; the request may be for more */
     uint64_t first, n_claimed; /* what was marked requested for it */
-    int is_claimed;            /* and still is */
-    int has_rest_back;         /* but for the page alone. Under demands_lock */
+    int has_claim;             /* and still is, as far as it is not lost. Under demands_lock */
     uint8_t bytes[];
 };
 
@@ -170,6 +169,28 @@ static int unlink_demand(struct fault_threads *ft, struct demand *demand)
     return 1;
 }
 
+/* Pages that were marked requested. */
+struct claim {
+    struct ramblock *block; /* NULL: none */
+    uint64_t first, n;
+};
+
+/* With the lock held: what is to be given back, once. */
+static struct claim take_claim(struct demand *demand)
+{
+    struct claim claim = {
+        .block = demand->has_claim ? demand->served->block : NULL, .first = demand->first, .n = demand->n_claimed};
+
+    demand->has_claim = 0;
+    return claim;
+}
+
+static void give_back(struct fault_threads *ft, const struct claim *claim)
+{
+    if (claim->block)
+        stream_give_back(ft, claim->block, claim->first, claim->n);
+}
+
 /* With the lock held: the oldest, if it was asked before then_ns. */
 static struct demand *oldest(struct fault_threads *ft, uint64_t then_ns)
 {
@@ -188,36 +209,14 @@ static int find_late(struct fault_threads *ft, uint64_t then_ns, uint32_t *asker
     return demand != NULL;
 }
 
-/* Pages around a late one, which others may ask for now. */
-struct given_up {
-    struct ramblock *block; /* NULL: none */
-    uint64_t first, page, end;
-};
-
 /* With the lock held. remote NULL: it has gone. */
-static struct given_up give_up(struct demand *demand, struct remote_fd *remote)
+static void give_up(struct demand *demand, struct remote_fd *remote, struct claim *claim)
 {
-    struct given_up rest = {.block = NULL};
-
     if (remote) {
         remote->demands.at_source--;
         remote->demands.n_late++;
     }
-    if (demand->n_claimed > 1 && !demand->has_rest_back)
-        rest = (struct given_up){.block = demand->served->block,
-                                 .first = demand->first,
-                                 .page = demand->page,
-                                 .end = demand->first + demand->n_claimed};
-    demand->has_rest_back = 1;
-    return rest;
-}
-
-static void give_back_rest(struct fault_threads *ft, const struct given_up *rest)
-{
-    if (!rest->block)
-        return;
-    stream_give_back(ft, rest->block, rest->first, rest->page - rest->first);
-    stream_give_back(ft, rest->block, rest->page + 1, rest->end - rest->page - 1);
+    *claim = take_claim(demand);
 }
 
 void demand_give_up_late(struct fault_threads *ft, uint64_t then_ns)
@@ -226,15 +225,15 @@ void demand_give_up_late(struct fault_threads *ft, uint64_t then_ns)
 
     while (find_late(ft, then_ns, &asker)) {
         struct remote_fd *remote = remote_by_id(ft, asker); /* not under the lock */
-        struct given_up rest = {.block = NULL};
+        struct claim claim = {.block = NULL};
 
         pthread_mutex_lock(&ft->demands_lock);
         struct demand *demand = oldest(ft, then_ns);
         /* It may have been answered meanwhile: then the oldest may be another's. */
         if (demand && demand->asker == asker && unlink_demand(ft, demand))
-            rest = give_up(demand, remote);
+            give_up(demand, remote, &claim);
         pthread_mutex_unlock(&ft->demands_lock);
-        give_back_rest(ft, &rest);
+        give_back(ft, &claim); /* others may ask for all of it now */
         if (!remote)
             continue;
         ask_queued(ft, remote);
@@ -280,15 +279,12 @@ static void give_back_claim(struct demand *demand)
 {
     struct fault_threads *ft = demand->ft;
 
-    if (!demand->is_claimed)
+    if (!demand->n_claimed)
         return;
-    demand->is_claimed = 0;
     pthread_mutex_lock(&ft->demands_lock);
-    int is_alone = demand->has_rest_back;
-    demand->has_rest_back = 1;
+    struct claim claim = take_claim(demand);
     pthread_mutex_unlock(&ft->demands_lock);
-    stream_give_back(ft, demand->served->block, is_alone ? demand->page : demand->first,
-                     is_alone ? 1 : demand->n_claimed);
+    give_back(ft, &claim);
 }
 
 /* What became of a demand: the page is placed, or it failed. */
@@ -383,8 +379,7 @@ void demand_ask(struct fault_threads *ft, struct remote_fd *remote, uint64_t pag
     demand->page = page;
     demand->first = first;
     demand->n_claimed = n_claimed;
-    demand->is_claimed = n_claimed > 0;
-    demand->has_rest_back = 0;
+    demand->has_claim = n_claimed > 0;
     link_demand(ft, demand);
     __atomic_fetch_add(&ft->demand_in_flight, 1, __ATOMIC_ACQ_REL);
     submit(demand, first, n);

@@ -103,6 +103,8 @@ static int is_in_crowd(struct fault_threads *ft, uint64_t now_ns, int is_beside,
 
 void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid)
 {
+    if (!remote->status) /* the coordinator's own */
+        return;
     uint64_t now_ns = clock_ns();
     uint64_t since_ns = now_ns - __atomic_load_n(&remote->home_look_ns, __ATOMIC_RELAXED);
     uint64_t pause_ns = now_ns - __atomic_exchange_n(&remote->home_fault_ns, now_ns, __ATOMIC_RELAXED);
@@ -114,12 +116,13 @@ void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_
     int must_leave = in_crowd && __atomic_load_n(&remote->home_cpu, __ATOMIC_RELAXED) != HOME_ANYWHERE;
     int due = since_ns > HOME_LOOK_NS || has_moved || has_threads || must_leave;
 
-    if (!due || !remote->status || __atomic_exchange_n(&remote->home_moves, 1, __ATOMIC_ACQUIRE))
+    if (!due || __atomic_exchange_n(&remote->home_moves, 1, __ATOMIC_ACQUIRE))
         return;
     int32_t home = in_crowd || !tid ? HOME_ANYWHERE : home_for(ft, remote, tid, cpu_of(remote->status->pid, tid));
     __atomic_store_n(&remote->home_tid, tid, __ATOMIC_RELAXED);
     __atomic_store_n(&remote->home_look_ns, now_ns, __ATOMIC_RELAXED);
-    __atomic_store_n(&remote->home_faults, 0, __ATOMIC_RELAXED);
+    if (!is_beside || has_threads || since_ns > HOME_LOOK_NS)
+        __atomic_store_n(&remote->home_faults, 0, __ATOMIC_RELAXED);
     if (home != remote->home_cpu)
         move_home(ft, remote, home);
     __atomic_store_n(&remote->home_fault_ns, clock_ns(), __ATOMIC_RELAXED); /* a look is no pause of the helper's */

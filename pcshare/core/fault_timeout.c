@@ -84,6 +84,7 @@ static int is_newly_late(const struct stream *s, struct stream_piece *piece, uin
 {
     if (!piece->block || piece->asked_ns > then_ns)
         return 0;
+    piece->is_old = 1;
     *partp = waited_part(s, piece);
     if (partp->start >= partp->end || (piece->late_start <= partp->start && partp->end <= piece->late_end))
         return 0;
@@ -182,6 +183,7 @@ void timeout_forget(struct fault_threads *ft, struct served_block *served)
     pthread_mutex_lock(&s->lock);
     for (uint32_t i = 0; i < STREAM_WINDOW; i++) {
         if (s->pieces[i].block == served->block && s->pieces[i].late_end) {
+            s->pieces[i].is_old = 0;
             s->pieces[i].late_start = s->pieces[i].late_end = 0;
             s->pieces[i].asked_ns = clock_ns();
         }

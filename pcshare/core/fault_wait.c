@@ -1,8 +1,9 @@
 /* fault_wait: how a fault thread waits for what happens next.
  *
  * To wake a sleeping CPU takes longer than a near server needs for its answer. So a thread that has asked one for a
- * page looks for the answer a while before it sleeps. Where answers do not come meanwhile (from a far server, from one
- * that would run on this very CPU, on a busy machine) it looks more and more seldom, and at last hardly ever.
+ * page looks for the answer a while before it sleeps, if it polls for that. Where answers do not come meanwhile (from a
+ * far server, from one that would run on this very CPU, on a busy machine) it looks more and more seldom, and at last
+ * hardly ever.
  */
 #include "fault_internal.h"
 
@@ -17,7 +18,7 @@ void wait_note_fault(struct fault_worker *worker, const struct remote_fd *remote
 {
     struct served_block *served = served_block_of(worker->ft, remote->block);
 
-    worker->awaits_answer = page_channel_poll_fd(served->channel) >= 0 &&
+    worker->awaits_answer = served && polls_anywhere(worker) && page_channel_poll_fd(served->channel) >= 0 &&
                             __atomic_load_n(&worker->ft->demand_in_flight, __ATOMIC_RELAXED) > 0;
 }
 

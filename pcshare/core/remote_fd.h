@@ -55,7 +55,7 @@ struct remote_fd {
     uint32_t kept_slot;  /* its record among the kept maps */
     uint64_t probe_addr; /* somewhere in its address space */
     int must_lift;       /* a poison mark could not be lifted, since it was changing its address space */
-    int32_t home_cpu;  /* the only CPU whose fault thread polls it; -1: all do. The home_ fields are fault_home.c's */
+    int32_t home_cpu;  /* the only CPU whose fault thread polls it; -1: a few do. The home_ fields are fault_home.c's */
     uint32_t home_tid; /* who faulted when somebody looked last */
     uint64_t home_look_ns;
     uint64_t home_fault_ns; /* the last fault */

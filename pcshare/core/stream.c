@@ -133,6 +133,16 @@ static uint64_t pages_of_piece(struct fault_threads *ft, const struct ramblock *
     return bytes > block->page_size ? bytes / block->page_size : 1;
 }
 
+/* What is old does not count: pieces that hang keep nobody waiting for others. */
+static uint32_t young_pieces_of_block(const struct stream *s, const struct ramblock *block)
+{
+    uint32_t n = 0;
+
+    for (uint32_t i = 0; i < STREAM_WINDOW; i++)
+        n += s->pieces[i].block == block && !s->pieces[i].is_old;
+    return n;
+}
+
 /* Whether nothing is to be asked of the block's source now: it is paused, or has as much to do as it takes at once. */
 static int is_busy(struct fault_threads *ft, struct served_block *served)
 {
@@ -142,7 +152,7 @@ static int is_busy(struct fault_threads *ft, struct served_block *served)
         return 1;
     if (__atomic_load_n(&ft->demand_in_flight, __ATOMIC_ACQUIRE))
         served->stream_window = __atomic_load_n(&channel->stream_piece_count_demand, __ATOMIC_RELAXED);
-    return pieces_of_block(&ft->stream, served->block) >= served->stream_window;
+    return young_pieces_of_block(&ft->stream, served->block) >= served->stream_window;
 }
 
 static uint64_t pages_under_way(const struct stream *s, const struct ramblock *block)
@@ -384,6 +394,7 @@ static void submit_piece(struct fault_threads *ft, struct stream_piece *piece)
     request->block_index = block->index;
     request->done = piece_done;
     piece->asked_ns = clock_ns();
+    piece->is_old = 0;
     piece->late_start = piece->late_end = 0;
     trace_point(TRACE_STREAM_REQUEST, block->index, 0, request->page, request->n_pages);
     page_channel_submit(served_block_of(ft, block)->channel, request);

@@ -36,6 +36,7 @@ struct stream_piece {
     uint32_t asker; /* the remote fd that waits; 0: nobody in particular */
     int is_ahead;   /* nobody asked for these pages: if they fail they are forgotten */
     uint64_t asked_ns;
+    int is_old; /* with a fault timeout: longer under way than that; others are asked for beside it */
     uint64_t late_start, late_end; /* of its pages: somebody has waited too long, which has been told; 0, 0: none */
     int is_replay;
 };

@@ -141,12 +141,23 @@ void stream_add_ahead(struct fault_threads *ft, struct remote_fd *remote, uint64
     add(ft, range);
 }
 
+/* But for what is lost, which is asked for again when the block is resumed. */
+static void clear_requested(struct ramblock *block, uint64_t page, uint64_t end)
+{
+    while (page < end) {
+        uint64_t lost = bitmap_next_set(block->failed, page, end);
+
+        bitmap_clear_range(block->requested, page, lost);
+        page = bitmap_next_clear(block->failed, lost, end);
+    }
+}
+
 /* A range has passed by what was on its way for somebody else. */
 void stream_give_back(struct fault_threads *ft, struct ramblock *block, uint64_t page, uint64_t n)
 {
     struct stream *s = &ft->stream;
 
-    bitmap_clear_range(block->requested, page, page + n);
+    clear_requested(block, page, page + n);
     if (ramblock_next_missing(block, page, page + n) == page + n)
         return;
     pthread_mutex_lock(&s->lock);

@@ -99,6 +99,7 @@ def main(control_socket: str, description_fd: str, *listener_fds: str) -> None:
     with Server(exports, listeners) as server:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: server.stop())
+        signal.set_wakeup_fd(server.wakeup[1].fileno(), warn_on_full_buffer=False)  # also just before it waits
         threading.Thread(target=_stop_at_end_of_input, args=(server,), daemon=True).start()
         server.run()
 
