@@ -196,7 +196,10 @@ def test_each_contest_yields_the_figures_of_its_rows_and_leaves_nothing(
         files = {path.name for path in lab.folder.iterdir()}
         played = run_module.play(contest, 1, lambda _: None)
         for found in played.results():
-            assert all(math.isfinite(ratio) and ratio >= 0 for ratio in found.ratios), found.name
+            # Of a block so small the stream may have brought all before anything was demanded.
+            is_known = found.row.figure == "demanded" or all(map(math.isfinite, found.ratios))
+            assert is_known, found.name
+            assert all(ratio >= 0 for ratio in found.ratios), found.name
         left = {path for path in lab.folder.iterdir() if path.name not in files}
         assert all(path.is_file() and path.suffix in (".bin", ".list", ".set") for path in left), left
 
