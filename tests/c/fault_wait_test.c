@@ -22,7 +22,7 @@ static void fail(const char *what, int line)
 }
 
 static uint64_t now_ns, event_ns, event_data;
-static int poll_fd = 3, sleeps, looks;
+static int poll_fd = 3, polls_channels = 1, sleeps, looks;
 
 uint64_t clock_ns(void)
 {
@@ -36,6 +36,12 @@ struct served_block *served_block_of(struct fault_threads *ft, const struct ramb
     (void)ft;
     (void)block;
     return &served;
+}
+
+int polls_anywhere(const struct fault_worker *worker)
+{
+    (void)worker;
+    return polls_channels;
 }
 
 int page_channel_poll_fd(struct page_channel *channel)
@@ -102,6 +108,9 @@ static void who_has_asked_for_nothing_sleeps_at_once(void)
 static void source_whose_answers_are_not_polled_for_is_not_looked_for(void)
 {
     poll_fd = -1;
+    CHECK(ask_and_wait(NEAR_NS) == 0 && sleeps == 1);
+    poll_fd = 3;
+    polls_channels = 0; /* others do */
     CHECK(ask_and_wait(NEAR_NS) == 0 && sleeps == 1);
 }
 
