@@ -5,10 +5,11 @@ Sources that are late on command: a delay, a server that is stopped, a migration
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -297,132 +298,133 @@ def test_first_of_several_lost_parts_is_named(runtime_dir: Path, data_file: Path
 # ---- pages that hang, and those behind them ----
 
 HANGING = range(16)  # of one helper at once: at a near server 4, NBD_DEMANDS_OF_ONE_NEAR, at a far one 16
+HANGING_READS = [(page * PAGE, PAGE) for page in HANGING]
 NBD_SHARE = 4  # before it is known how far the server is
 BEHIND = range(100, 108)
 HANG_TIMEOUT_S = 0.5
 
 
-def test_pages_that_hang_keep_no_other_page_of_their_helper_from_coming(folder: Path, content: bytes) -> None:
-    """P3: once they are late. A resume asks for them again; then the first answers come too, and places are counted
-    right."""
-    withheld = Withheld(content, [(page * PAGE, PAGE) for page in HANGING])
+@contextlib.contextmanager
+def withholding(
+    folder: Path, content: bytes, reads: Iterable[tuple[int, int]], preferred: int = PAGE, **options: Any
+) -> Iterator[tuple[Withheld, Serving]]:
+    """A lazy coordinator of a server that leaves those reads unanswered, and is not given up for that."""
+    withheld = Withheld(content, reads, preferred)
     with ScriptedServer(withheld.script) as server:
         path, _ = server.listen(folder / "s.sock")
         source = f"data=nbd+unix:///?socket={path}#timeout=600s"
-        with serving(source, stream_mode=LAZY, fault_timeout_s=HANG_TIMEOUT_S) as served:
-            helper = attached(served)
-            hanging = [helper.start(f"read(b, {page * PAGE}, {PAGE})") for page in HANGING]
-            served.wait_for_waiting(len(HANGING), helper.pid)
-            behind = [helper.start(f"read(b, {page * PAGE}, {PAGE})") for page in BEHIND]
-            assert [one.result() for one in behind] == [page_in(content, page) for page in BEHIND]
-            wait_until(lambda: withheld.owed_count == len(HANGING), "all questions")
-            assert served.waiting(helper.pid) == len(HANGING)
-            time.sleep(2 * HANG_TIMEOUT_S)  # the last ones are late too
-            served.order(AdminOp.RESUME)
-            assert [one.result() for one in hanging] == [page_in(content, page) for page in HANGING]
-            withheld.answer_late()
-            many = range(200, 500)
-            found = [helper.start(f"read(b, {page * PAGE}, {PAGE})") for page in many]
-            assert [one.result() for one in found] == [page_in(content, page) for page in many]
-            assert (served.waiting(), served.block().foreign_pages) == (0, 0)
+        with serving(source, stream_mode=LAZY, **options) as served:
+            yield withheld, served
+
+
+def test_pages_that_hang_keep_no_other_page_of_their_helper_from_coming(folder: Path, content: bytes) -> None:
+    """P3: once they are late. A resume asks for them again; then the first answers come too, and places are counted
+    right."""
+    with withholding(folder, content, HANGING_READS, fault_timeout_s=HANG_TIMEOUT_S) as (
+        withheld,
+        served,
+    ):
+        helper = attached(served)
+        hanging = [helper.start(f"read(b, {page * PAGE}, {PAGE})") for page in HANGING]
+        served.wait_for_waiting(len(HANGING), helper.pid)
+        behind = [helper.start(f"read(b, {page * PAGE}, {PAGE})") for page in BEHIND]
+        assert [one.result() for one in behind] == [page_in(content, page) for page in BEHIND]
+        wait_until(lambda: withheld.owed_count == len(HANGING), "all questions")
+        assert served.waiting(helper.pid) == len(HANGING)
+        time.sleep(2 * HANG_TIMEOUT_S)  # the last ones are late too
+        served.order(AdminOp.RESUME)
+        assert [one.result() for one in hanging] == [page_in(content, page) for page in HANGING]
+        withheld.answer_late()
+        many = range(200, 500)
+        found = [helper.start(f"read(b, {page * PAGE}, {PAGE})") for page in many]
+        assert [one.result() for one in found] == [page_in(content, page) for page in many]
+        assert (served.waiting(), served.block().foreign_pages) == (0, 0)
 
 
 def test_page_that_stands_in_the_queue_behind_lost_ones_is_not_lost(folder: Path, content: bytes) -> None:
     """P3: exactly what the source does not bring."""
-    withheld = Withheld(content, [(page * PAGE, PAGE) for page in HANGING])
-    with ScriptedServer(withheld.script) as server:
-        path, _ = server.listen(folder / "s.sock")
-        source = f"data=nbd+unix:///?socket={path}#timeout=600s"
-        with serving(source, stream_mode=LAZY, poison=True, fault_timeout_s=HANG_TIMEOUT_S) as served:
-            helper = attached(served)
-            helper.do(COPY)
-            hanging = [helper.start(f"copy({page})") for page in HANGING]
-            wait_until(lambda: withheld.owed_count >= NBD_SHARE, "the first questions")
-            behind = [helper.start(f"copy({page})") for page in BEHIND]
-            assert [one.result() for one in behind] == [PAGE for _ in BEHIND]
-            assert [one.result() for one in hanging] == ["EFAULT" for _ in HANGING]
-            assert served.block().lost_pages == len(HANGING)
-            withheld.answer_late()
-            wait_until(lambda: served.block().lost_pages == 0, "the late pages")
-            assert helper.do("copy(0)") == PAGE
+    with withholding(folder, content, HANGING_READS, poison=True, fault_timeout_s=HANG_TIMEOUT_S) as (withheld, served):
+        helper = attached(served)
+        helper.do(COPY)
+        hanging = [helper.start(f"copy({page})") for page in HANGING]
+        wait_until(lambda: withheld.owed_count >= NBD_SHARE, "the first questions")
+        behind = [helper.start(f"copy({page})") for page in BEHIND]
+        assert [one.result() for one in behind] == [PAGE for _ in BEHIND]
+        assert [one.result() for one in hanging] == ["EFAULT" for _ in HANGING]
+        assert served.block().lost_pages == len(HANGING)
+        withheld.answer_late()
+        wait_until(lambda: served.block().lost_pages == 0, "the late pages")
+        assert helper.do("copy(0)") == PAGE
 
 
 def test_of_a_hint_that_hangs_is_lost_what_somebody_waits_for_and_no_more(folder: Path, content: bytes) -> None:
     """P3: not because somebody waits for something else of the block; and once somebody does, that too."""
-    withheld = Withheld(content, [(0, 64 * PAGE), (300 * PAGE, 2 * PAGE)])
-    with ScriptedServer(withheld.script) as server:
-        path, _ = server.listen(folder / "s.sock")
-        source = f"data=nbd+unix:///?socket={path}#timeout=600s"
-        with serving(source, stream_mode=LAZY, poison=True, fault_timeout_s=TIMEOUT_S) as served:
-            helper = attached(served)
-            helper.do(f"b.prefetch(slice(0, {64 * PAGE}))")
-            wait_until(lambda: withheld.owed_count == 1, "the hint")
-            for first, end, n_lost in ((300, 302, 2), (10, 12, 4), (20, 25, 9)):
-                with pytest.raises(SourceLost) as caught:
-                    helper.do(f"b.ensure(slice({first * PAGE}, {end * PAGE}))")
-                assert caught.value.offset == first * PAGE
-                wait_until(lambda: served.block().lost_pages == n_lost, "the loss of the others")  # noqa: B023
-                time.sleep(TIMEOUT_S / 2)  # looks for what is late come several times meanwhile
-                assert served.block().lost_pages == n_lost
-            assert helper.do(f"read(b, 5, {PAGE})") == content[5 : 5 + PAGE]
-            withheld.answer_late()
-            wait_until(lambda: served.block().lost_pages == 0, "the late pages")
+    with withholding(
+        folder, content, [(0, 64 * PAGE), (300 * PAGE, 2 * PAGE)], poison=True, fault_timeout_s=TIMEOUT_S
+    ) as (withheld, served):
+        helper = attached(served)
+        helper.do(f"b.prefetch(slice(0, {64 * PAGE}))")
+        wait_until(lambda: withheld.owed_count == 1, "the hint")
+        for first, end, n_lost in ((300, 302, 2), (10, 12, 4), (20, 25, 9)):
+            with pytest.raises(SourceLost) as caught:
+                helper.do(f"b.ensure(slice({first * PAGE}, {end * PAGE}))")
+            assert caught.value.offset == first * PAGE
+            wait_until(lambda: served.block().lost_pages == n_lost, "the loss of the others")  # noqa: B023
+            time.sleep(TIMEOUT_S / 2)  # looks for what is late come several times meanwhile
+            assert served.block().lost_pages == n_lost
+        assert helper.do(f"read(b, 5, {PAGE})") == content[5 : 5 + PAGE]
+        withheld.answer_late()
+        wait_until(lambda: served.block().lost_pages == 0, "the late pages")
 
 
 def test_pages_around_one_that_hangs_come_for_who_waits_for_them(folder: Path, content: bytes) -> None:
     """P3: they were asked for along with it, and nobody else could ask."""
     around = 64 << 10
-    withheld = Withheld(content, [(0, around)], preferred=around)
-    with ScriptedServer(withheld.script) as server:
-        path, _ = server.listen(folder / "s.sock")
-        source = f"data=nbd+unix:///?socket={path}#timeout=600s"
-        with serving(source, stream_mode=LAZY, poison=True, fault_timeout_s=TIMEOUT_S) as served:
-            victim, helper = attached(served), attached(served)
-            victim.start(f"read(b, {5 * PAGE})")
-            wait_until(lambda: withheld.owed_count == 1, "the question")
-            beside = [helper.start(f"b.ensure(slice({first * PAGE}, {end * PAGE}))") for first, end in ((1, 4), (6, 9))]
-            for one in beside:
-                one.result()
-            assert -victim.wait_for_end() == signal.SIGBUS
-            assert served.block().lost_pages == 1
-            withheld.answer_late()
-            wait_until(lambda: served.block().lost_pages == 0, "the late page")
-            assert helper.do(f"read(b, 0, {around})") == content[:around]
+    with withholding(folder, content, [(0, around)], preferred=around, poison=True, fault_timeout_s=TIMEOUT_S) as (
+        withheld,
+        served,
+    ):
+        victim, helper = attached(served), attached(served)
+        victim.start(f"read(b, {5 * PAGE})")
+        wait_until(lambda: withheld.owed_count == 1, "the question")
+        beside = [helper.start(f"b.ensure(slice({first * PAGE}, {end * PAGE}))") for first, end in ((1, 4), (6, 9))]
+        for one in beside:
+            one.result()
+        assert -victim.wait_for_end() == signal.SIGBUS
+        assert served.block().lost_pages == 1
+        withheld.answer_late()
+        wait_until(lambda: served.block().lost_pages == 0, "the late page")
+        assert helper.do(f"read(b, 0, {around})") == content[:around]
 
 
 def test_hint_that_hangs_keeps_no_range_from_being_asked_for(folder: Path, content: bytes) -> None:
     """P3: not either where a touch hangs too, beside which the stream asks for little at a time."""
-    withheld = Withheld(content, [(0, 64 * PAGE), (500 * PAGE, PAGE)])
-    with ScriptedServer(withheld.script) as server:
-        path, _ = server.listen(folder / "s.sock")
-        source = f"data=nbd+unix:///?socket={path}#timeout=600s"
-        with serving(source, stream_mode=LAZY, poison=True, fault_timeout_s=TIMEOUT_S) as served:
-            victim, helper = attached(served), attached(served)
-            helper.do(f"b.prefetch(slice(0, {64 * PAGE}))")
-            wait_until(lambda: withheld.owed_count == 1, "the hint")
-            victim.start(f"read(b, {500 * PAGE})")
-            wait_until(lambda: withheld.owed_count == 2, "the touch")
-            for first in (300, 310, 320):
-                helper.do(f"b.ensure(slice({first * PAGE}, {(first + 2) * PAGE}))")
-            assert -victim.wait_for_end() == signal.SIGBUS
-            assert served.block().lost_pages == 1
+    with withholding(folder, content, [(0, 64 * PAGE), (500 * PAGE, PAGE)], poison=True, fault_timeout_s=TIMEOUT_S) as (
+        withheld,
+        served,
+    ):
+        victim, helper = attached(served), attached(served)
+        helper.do(f"b.prefetch(slice(0, {64 * PAGE}))")
+        wait_until(lambda: withheld.owed_count == 1, "the hint")
+        victim.start(f"read(b, {500 * PAGE})")
+        wait_until(lambda: withheld.owed_count == 2, "the touch")
+        for first in (300, 310, 320):
+            helper.do(f"b.ensure(slice({first * PAGE}, {(first + 2) * PAGE}))")
+        assert -victim.wait_for_end() == signal.SIGBUS
+        assert served.block().lost_pages == 1
 
 
 def test_page_that_hangs_comes_for_another_when_who_touched_it_has_died(folder: Path, content: bytes) -> None:
     """P3: it was asked for with those around it, and nobody waited for it any more."""
     around = 64 << 10
-    withheld = Withheld(content, [(0, around)], preferred=around)
-    with ScriptedServer(withheld.script) as server:
-        path, _ = server.listen(folder / "s.sock")
-        source = f"data=nbd+unix:///?socket={path}#timeout=600s"
-        with serving(source, stream_mode=LAZY, fault_timeout_s=TIMEOUT_S) as served:
-            victim, helper = attached(served), attached(served)
-            victim.start(f"read(b, {5 * PAGE})")
-            wait_until(lambda: withheld.owed_count == 1, "the question")
-            victim.process.kill()
-            victim.wait_for_end()
-            helper.do(f"b.ensure(slice({4 * PAGE}, {7 * PAGE}))")
-            assert helper.do(f"read(b, {5 * PAGE}, {PAGE})") == page_in(content, 5)
+    with withholding(folder, content, [(0, around)], preferred=around, fault_timeout_s=TIMEOUT_S) as (withheld, served):
+        victim, helper = attached(served), attached(served)
+        victim.start(f"read(b, {5 * PAGE})")
+        wait_until(lambda: withheld.owed_count == 1, "the question")
+        victim.process.kill()
+        victim.wait_for_end()
+        helper.do(f"b.ensure(slice({4 * PAGE}, {7 * PAGE}))")
+        assert helper.do(f"read(b, {5 * PAGE}, {PAGE})") == page_in(content, 5)
 
 
 # ---- servers and migrations ----

@@ -210,13 +210,13 @@ static int find_late(struct fault_threads *ft, uint64_t then_ns, uint32_t *asker
 }
 
 /* With the lock held. remote NULL: it has gone. */
-static void give_up(struct demand *demand, struct remote_fd *remote, struct claim *claim)
+static struct claim give_up(struct demand *demand, struct remote_fd *remote)
 {
     if (remote) {
         remote->demands.at_source--;
         remote->demands.n_late++;
     }
-    *claim = take_claim(demand);
+    return take_claim(demand);
 }
 
 void demand_give_up_late(struct fault_threads *ft, uint64_t then_ns)
@@ -231,7 +231,7 @@ void demand_give_up_late(struct fault_threads *ft, uint64_t then_ns)
         struct demand *demand = oldest(ft, then_ns);
         /* It may have been answered meanwhile: then the oldest may be another's. */
         if (demand && demand->asker == asker && unlink_demand(ft, demand))
-            give_up(demand, remote, &claim);
+            claim = give_up(demand, remote);
         pthread_mutex_unlock(&ft->demands_lock);
         give_back(ft, &claim); /* others may ask for all of it now */
         if (!remote)

@@ -178,8 +178,7 @@ static uint64_t bring_span(struct fault_worker *worker, struct remote_fd *remote
 void ahead_bring(struct fault_worker *worker, struct remote_fd *remote)
 {
     struct fault_threads *ft = worker->ft;
-    int beside = clock_ns() < __atomic_load_n(&ft->beside_others_until_ns, __ATOMIC_RELAXED);
-    uint64_t budget = beside ? AHEAD_BYTES_BESIDE : AHEAD_BYTES_MAX;
+    uint64_t budget = is_beside_others(ft, clock_ns()) ? AHEAD_BYTES_BESIDE : AHEAD_BYTES_MAX;
 
     for (uint32_t i = 0; i < worker->n_ahead; i++)
         budget = bring_span(worker, remote, worker->ahead[i], budget);

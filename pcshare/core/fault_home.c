@@ -109,7 +109,7 @@ void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_
     uint64_t since_ns = now_ns - __atomic_load_n(&remote->home_look_ns, __ATOMIC_RELAXED);
     uint64_t pause_ns = now_ns - __atomic_exchange_n(&remote->home_fault_ns, now_ns, __ATOMIC_RELAXED);
     uint32_t faults = __atomic_add_fetch(&remote->home_faults, 1, __ATOMIC_RELAXED);
-    int is_beside = now_ns < __atomic_load_n(&ft->beside_others_until_ns, __ATOMIC_RELAXED);
+    int is_beside = is_beside_others(ft, now_ns);
     int has_moved = since_ns > (is_beside ? HOME_LOOK_BESIDE_NS : HOME_LOOK_SOON_NS) && pause_ns > HOME_AWAY_NS;
     int has_threads = faults >= HOME_LOOK_FAULTS && tid != __atomic_load_n(&remote->home_tid, __ATOMIC_RELAXED);
     int in_crowd = is_in_crowd(ft, now_ns, is_beside, has_threads);

@@ -146,6 +146,8 @@ int start_polling_channel(struct fault_threads *ft, struct served_block *served)
 /* Whether a worker polls a remote fd's uffd that was added; without effect on one that was taken away. */
 void change_polling(struct fault_worker *worker, struct remote_fd *remote, int polls);
 void stop_polling_control(struct fault_threads *ft, struct remote_fd *remote);
+/* Whether more than one helper has faulted lately. */
+int is_beside_others(const struct fault_threads *ft, uint64_t now_ns);
 void disable_remote(struct fault_threads *ft, struct remote_fd *remote, int error, uint64_t addr);
 /* Returns when no worker holds on to what it saw before: each has been at the top of its loop. */
 void wait_for_workers(struct fault_threads *ft);

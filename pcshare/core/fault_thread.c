@@ -104,6 +104,11 @@ static void handle_fault_message(struct fault_worker *worker, struct remote_fd *
     }
 }
 
+int is_beside_others(const struct fault_threads *ft, uint64_t now_ns)
+{
+    return now_ns < __atomic_load_n(&ft->beside_others_until_ns, __ATOMIC_RELAXED);
+}
+
 /* How many faults of a helper are answered in a row. While others fault too it is one: each answer makes a thread
  * runnable, and behind sixteen of one helper's another's fault waits, and then its thread, which is longer. */
 static uint32_t batch_for(struct fault_threads *ft, const struct remote_fd *remote)
@@ -116,7 +121,7 @@ static uint32_t batch_for(struct fault_threads *ft, const struct remote_fd *remo
         if (last)
             __atomic_store_n(&ft->beside_others_until_ns, now_ns + beside_others_ns, __ATOMIC_RELAXED);
     }
-    return now_ns < __atomic_load_n(&ft->beside_others_until_ns, __ATOMIC_RELAXED) ? 1 : UFFD_READ_MAX;
+    return is_beside_others(ft, now_ns) ? 1 : UFFD_READ_MAX;
 }
 
 /* One batch a round, so that one helper cannot keep the others waiting; level-triggered, so nothing is forgotten. */

@@ -16,10 +16,12 @@ enum {
 
 void wait_note_fault(struct fault_worker *worker, const struct remote_fd *remote)
 {
+    if (!__atomic_load_n(&worker->ft->demand_in_flight, __ATOMIC_RELAXED)) { /* the usual case: it was at hand */
+        worker->awaits_answer = 0;
+        return;
+    }
     struct served_block *served = served_block_of(worker->ft, remote->block);
-
-    worker->awaits_answer = served && polls_anywhere(worker) && page_channel_poll_fd(served->channel) >= 0 &&
-                            __atomic_load_n(&worker->ft->demand_in_flight, __ATOMIC_RELAXED) > 0;
+    worker->awaits_answer = served && polls_anywhere(worker) && page_channel_poll_fd(served->channel) >= 0;
 }
 
 static int has_answer(const struct epoll_event *events, int n)
