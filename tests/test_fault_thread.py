@@ -28,12 +28,26 @@ from pcshare.status import read_status
 from pcshare.trace import TraceFile, read_trace
 from support import needs, wait_until
 from support_rig import Rig
-from support_serving import EAGER, LAZY, PAGE, WAIT_S, is_readable, make_file, page_of, read_own_page, serving
+from support_serving import (
+    EAGER,
+    LAZY,
+    PAGE,
+    WAIT_S,
+    HelperProcess,
+    Pending,
+    Serving,
+    is_readable,
+    make_file,
+    page_of,
+    read_own_page,
+    serving,
+)
 
 N_PAGES = 64
 LENGTH = N_PAGES * PAGE - 100
 MANY_PAGES = 1 << 15
 POLL_UFFD = 1  # of fault_internal.h
+CROWD_CPUS_MAX = 32  # of fault_crowd.c: with as many nobody is a crowd
 SYS_SCHED_GETATTR, SCHED_ATTR_BYTES = 315, 48  # of x86-64; of the structure's first version
 THREAD_ID = lib.UFFD_FEATURE_BIT_THREAD_ID
 
@@ -117,43 +131,94 @@ def test_few_of_many_threads_poll_for_a_helper_without_a_home(
         assert helper.do("read(b, 4096)") == data_file.read_bytes()[PAGE : PAGE + 1]
 
 
-def test_helper_has_a_home_but_not_while_anothers_many_threads_fault(
-    runtime_dir: Path, tmp_path: Path, rng: random.Random
-) -> None:
-    """Those fill the run queues, and a fault thread that comes too late must not be the only one."""
-    cpus = sorted(os.sched_getaffinity(0))
-    needs(None if len(cpus) > 1 else "a second CPU")
-    path = make_file(tmp_path, rng, MANY_PAGES * PAGE)
-    with serving(f"data={path}", stream_mode=LAZY, fault_threads=2, read_ahead=0) as served:
-        steady, crowd = served.helper(), served.helper()
+class Neighbours:
+    """Two helpers of one coordinator with two fault threads: one that touches pages of the first half now and then, on
+    one CPU, and a crowd for the second half. By name: how many fault threads poll for it."""
+
+    def __init__(self, served: Serving) -> None:
+        self.steady, self.crowd = served.helper(), served.helper()
+        self._ids = [self._attach(helper) for helper in (self.steady, self.crowd)]
+
+    def _attach(self, helper: HelperProcess) -> int:
         before = set(pollers_of_uffds())
-        steady.do("b = attach()")
-        (steady_id,) = set(pollers_of_uffds()) - before
-        crowd.do("b = attach()")
-        steady.start(
-            f"import os, time; os.sched_setaffinity(0, {{{cpus[0]}}})\n"
+        helper.do("b = attach()")
+        (added,) = set(pollers_of_uffds()) - before
+        return added
+
+    def pollers(self) -> tuple[int, int]:
+        found = pollers_of_uffds()
+        return found[self._ids[0]], found[self._ids[1]]
+
+    def begin_steady(self) -> None:
+        self.steady.start(
+            f"import os, time; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})\n"
             f"for page in range({MANY_PAGES // 2}): read(b, page * {PAGE}); time.sleep(0.0005)"
         )
 
-        def pollers() -> int:
-            return pollers_of_uffds()[steady_id]
-
-        wait_until(lambda: pollers() == 1, "a home")
-        crowd.do(
-            "import threading\n"
-            "def touch(first):\n"
-            f"    for page in range({MANY_PAGES // 2} + first, {MANY_PAGES}, 8): goes_on and read(b, page * {PAGE})\n"
-            "goes_on = True\n"
-            "for i in range(8): threading.Thread(target=touch, args=(i,), daemon=True).start()"
+    def begin_crowd(self) -> Pending:
+        """More threads than the CPUs run, which do nothing but fault; ends with the bytes of the half."""
+        n = 3 * len(os.sched_getaffinity(0))
+        return self.crowd.start(
+            "import threading, numpy as np\n"
+            f"half = np.frombuffer(b, np.uint8)[{MANY_PAGES // 2 * PAGE}:]\n"
+            f"def touch(first): np.bitwise_or.reduce(half[first * {PAGE} :: {n} * {PAGE}])\n"
+            f"threads = [threading.Thread(target=touch, args=(i,), daemon=True) for i in range({n})]\n"
+            "for thread in threads: thread.start()\n"
+            "for thread in threads: thread.join()\n"
+            "half.tobytes()"
         )
-        wait_until(lambda: pollers() == 2, "no home beside the crowd")
-        crowd.do("goes_on = False")
-        wait_until(lambda: pollers() == 1, "a home again")
+
+
+@pytest.fixture
+def many_pages(tmp_path: Path, rng: random.Random) -> Path:
+    """A source, on a machine where a helper can be a crowd and others need not be in its way."""
+    needs(None if 1 < len(os.sched_getaffinity(0)) < CROWD_CPUS_MAX else f"2 to {CROWD_CPUS_MAX - 1} CPUs")
+    return make_file(tmp_path, rng, MANY_PAGES * PAGE)
+
+
+def test_helper_has_a_home_but_not_beside_a_crowd(runtime_dir: Path, many_pages: Path) -> None:
+    """That fills the run queues, and a fault thread that comes too late must not be the only one."""
+    with serving(f"data={many_pages}", stream_mode=LAZY, fault_threads=2, read_ahead=0) as served:
+        both = Neighbours(served)
+        both.begin_steady()
+        wait_until(lambda: both.pollers()[0] == 1, "a home")
+        touched = both.begin_crowd()
+        wait_until(lambda: both.pollers()[0] == 2, "no home beside the crowd")
+        touched.result()
+        wait_until(lambda: both.pollers()[0] == 1, "a home again")
+
+
+def test_crowd_rests_beside_others_and_loses_nothing(runtime_dir: Path, many_pages: Path) -> None:
+    """P4: what a fault thread does not poll for a while it polls again, and nobody else's."""
+    content = many_pages.read_bytes()[MANY_PAGES // 2 * PAGE :]
+    with serving(f"data={many_pages}", stream_mode=LAZY, fault_threads=2, read_ahead=0) as served:
+        both, found = Neighbours(served), set()
+        both.begin_steady()
+        touched = both.begin_crowd()
+        while not touched.is_done():
+            found.add(both.pollers())
+        assert touched.result() == content
+        assert 0 in {crowd for _, crowd in found}
+        assert {steady for steady, _ in found} <= {1, 2}
+        wait_until(lambda: both.pollers()[1] == 2, "the end of its rest")
+
+
+def test_crowd_does_not_rest_alone(runtime_dir: Path, many_pages: Path) -> None:
+    content = many_pages.read_bytes()[MANY_PAGES // 2 * PAGE :]
+    with serving(f"data={many_pages}", stream_mode=LAZY, fault_threads=2, read_ahead=0) as served:
+        both, found = Neighbours(served), set()
+        touched = both.begin_crowd()
+        while not touched.is_done():
+            found.add(both.pollers()[1])
+        assert touched.result() == content
+        assert found <= {1, 2}
 
 
 @pytest.fixture(scope="module", params=[None, "address,undefined"], ids=["plain", "asan"])
 def wait_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_c(tmp_path_factory.mktemp("c") / "wait", "fault_wait_test.c", ["fault_wait.c"], request.param)
+    return compile_c(
+        tmp_path_factory.mktemp("c") / "wait", "fault_wait_test.c", ["fault_wait.c", "fault_crowd.c"], request.param
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,10 +230,18 @@ def wait_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         "far_answers_are_hardly_ever_looked_for",
         "answers_that_come_soon_again_are_found_out",
         "other_events_teach_nothing",
+        "crowd_rests_after_its_turn",
+        "few_threads_never_rest",
+        "threads_that_fault_seldom_are_no_crowd",
+        "many_cpus_run_many_threads",
+        "crowd_that_leaves_time_to_wait_does_not_rest",
+        "rest_ends_with_others_events_coming",
+        "more_crowds_than_are_kept_go_on",
+        "who_goes_while_it_rests_is_forgotten",
     ],
 )
 def test_waiting(wait_program: Path, case: str) -> None:
-    """How long a thread looks for an answer before it sleeps, by a clock of the program's own."""
+    """How long a thread looks for an answer before it sleeps, and whom it lets rest, by a clock of its own."""
     done = subprocess.run([str(wait_program), case], capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert done.returncode == 0, done.stderr
 

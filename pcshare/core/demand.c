@@ -34,7 +34,10 @@ static uint32_t share_of(struct fault_threads *ft, const struct remote_fd *remot
 {
     const struct page_channel *channel = served_block_of(ft, remote->block)->channel;
     uint32_t share = __atomic_load_n(&channel->demands_of_one, __ATOMIC_RELAXED);
+    uint32_t crowds_share = __atomic_load_n(&channel->demands_of_crowd, __ATOMIC_RELAXED);
 
+    if (crowds_share && is_crowd(remote, clock_ns()))
+        share = crowds_share;
     return remote->is_own || !share ? UINT32_MAX : share;
 }
 

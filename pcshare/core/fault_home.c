@@ -2,9 +2,9 @@
  *
  * The fault thread on the CPU that faulted answers in half the time, because it and the helper wake each other without
  * an interrupt to another CPU; and waking the others as well costs again. So as long as a helper's faults come from one
- * CPU that has a fault thread, that one alone polls its uffd; else a few do. Beside a helper whose many threads fault
- * nobody has a home: those fill the run queue of a CPU, and the fault thread there comes too late. What is not polled
- * for is never lost: polling is level-triggered, and the new home polls before the others stop.
+ * CPU that has a fault thread, that one alone polls its uffd; else a few do. Beside a crowd (fault_crowd.c) nobody has
+ * a home: it fills the run queue of a CPU, and the fault thread there comes too late. What is not polled for is never
+ * lost: polling is level-triggered, and the new home polls before the others stop.
  */
 #include "fault_internal.h"
 
@@ -25,7 +25,6 @@ enum {
     HOME_AWAY_NS = 30000,           /* since it took so long from one fault to the next, */
     HOME_LOOK_BESIDE_NS = 10000000, /* less soon while others fault, for which it may have waited, */
     HOME_LOOK_FAULTS = 256,         /* and of one whose threads fault in turns, which may have no home */
-    HOME_CROWD_NS = 100000000,      /* since such a helper faulted beside others */
     HOME_STAT_FIELD = 39,           /* "processor" in proc(5): the CPU that a thread ran on last */
     HOME_STAT_BYTES = 1024,
 };
@@ -93,12 +92,14 @@ static void move_home(struct fault_threads *ft, struct remote_fd *remote, int32_
                 change_polling(&ft->workers[i], remote, polls);
 }
 
-/* This helper's threads fault in turns, or another's did lately, and not alone. */
-static int is_in_crowd(struct fault_threads *ft, uint64_t now_ns, int is_beside, int has_threads)
+void home_poll_again(struct fault_worker *worker, struct remote_fd *remote)
 {
-    if (is_beside && has_threads)
-        __atomic_store_n(&ft->crowd_until_ns, now_ns + HOME_CROWD_NS, __ATOMIC_RELAXED);
-    return now_ns < __atomic_load_n(&ft->crowd_until_ns, __ATOMIC_RELAXED);
+    int is_mine = !__atomic_exchange_n(&remote->home_moves, 1, __ATOMIC_ACQUIRE);
+    int polls = !is_mine || polls_for(worker, remote->home_cpu); /* while another moves it: rather twice than never */
+
+    change_polling(worker, remote, polls);
+    if (is_mine)
+        __atomic_store_n(&remote->home_moves, 0, __ATOMIC_RELEASE);
 }
 
 void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid)
@@ -108,17 +109,20 @@ void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_
     uint64_t now_ns = clock_ns();
     uint64_t since_ns = now_ns - __atomic_load_n(&remote->home_look_ns, __ATOMIC_RELAXED);
     uint64_t pause_ns = now_ns - __atomic_exchange_n(&remote->home_fault_ns, now_ns, __ATOMIC_RELAXED);
-    uint32_t faults = __atomic_add_fetch(&remote->home_faults, 1, __ATOMIC_RELAXED);
     int is_beside = is_beside_others(ft, now_ns);
+
+    if (is_beside)
+        crowd_note_fault(ft, remote, tid, now_ns);
+    uint32_t faults = __atomic_add_fetch(&remote->home_faults, 1, __ATOMIC_RELAXED);
     int has_moved = since_ns > (is_beside ? HOME_LOOK_BESIDE_NS : HOME_LOOK_SOON_NS) && pause_ns > HOME_AWAY_NS;
     int has_threads = faults >= HOME_LOOK_FAULTS && tid != __atomic_load_n(&remote->home_tid, __ATOMIC_RELAXED);
-    int in_crowd = is_in_crowd(ft, now_ns, is_beside, has_threads);
-    int must_leave = in_crowd && __atomic_load_n(&remote->home_cpu, __ATOMIC_RELAXED) != HOME_ANYWHERE;
+    int beside_crowd = has_crowd(ft, now_ns);
+    int must_leave = beside_crowd && __atomic_load_n(&remote->home_cpu, __ATOMIC_RELAXED) != HOME_ANYWHERE;
     int due = since_ns > HOME_LOOK_NS || has_moved || has_threads || must_leave;
 
     if (!due || __atomic_exchange_n(&remote->home_moves, 1, __ATOMIC_ACQUIRE))
         return;
-    int32_t home = in_crowd || !tid ? HOME_ANYWHERE : home_for(ft, remote, tid, cpu_of(remote->status->pid, tid));
+    int32_t home = beside_crowd || !tid ? HOME_ANYWHERE : home_for(ft, remote, tid, cpu_of(remote->status->pid, tid));
     __atomic_store_n(&remote->home_tid, tid, __ATOMIC_RELAXED);
     __atomic_store_n(&remote->home_look_ns, now_ns, __ATOMIC_RELAXED);
     if (!is_beside || has_threads || since_ns > HOME_LOOK_NS)

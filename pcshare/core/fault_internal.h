@@ -1,11 +1,12 @@
 /* fault_internal: what the files of the fault thread share: the set of threads, blocks and remote fds. Private to the
  * core.
  *
- * Files: fault_thread.c (threads and what they poll), fault_wait.c (how they wait for it), fault_set.c (adding, finding,
- * removing), request.c (a fault's way to its page), fault_ahead.c (what it brings besides), demand.c (what faults ask of
- * sources), fault_timeout.c (what takes too long), fault_follow.c (what a writable helper does to its mapping),
- * fault_home.c (which of them answers), stream.c (all that is asked for without a fault), fault_control.c (messages of
- * attached helpers), fault_event.c (what Python is told), working_set.c (what was touched, in which order).
+ * Files: fault_thread.c (threads and what they poll), fault_wait.c (how they wait for it), fault_set.c (adding,
+ * finding, removing), request.c (a fault's way to its page), fault_ahead.c (what it brings besides), demand.c (what
+ * faults ask of sources), fault_timeout.c (what takes too long), fault_follow.c (what a writable helper does to its
+ * mapping), fault_home.c (which of them answers), fault_crowd.c (whom they answer less), stream.c (all that is asked
+ * for without a fault), fault_control.c (messages of attached helpers), fault_event.c (what Python is told),
+ * working_set.c (what was touched, in which order).
  */
 #ifndef PCSHARE_FAULT_INTERNAL_H
 #define PCSHARE_FAULT_INTERNAL_H
@@ -23,6 +24,7 @@ enum {
     REMOTES_MAX = STATUS_HELPERS_MAX + STATUS_BLOCKS_MAX, /* each block has one of the coordinator's own */
     EPOLL_EVENTS_MAX = 64,
     CONTROL_MESSAGES_MAX = 8, /* read from one helper in a row */
+    CROWDS_RESTING_MAX = 8,   /* of a fault thread; more go on */
 };
 
 /* What an epoll event is about; the low half of its data is a remote fd's id, or the index of a channel's block. */
@@ -48,9 +50,9 @@ struct stream_replay {
 
 /* What is recorded: see working_set.h. */
 struct working_set {
-    pthread_mutex_t lock;                /* appending alone; short, no system call under it */
-    struct working_set_log *log;         /* NULL: nothing is recorded */
-    uint64_t *noted[STATUS_BLOCKS_MAX];  /* by block: pages that were noted, a bit each */
+    pthread_mutex_t lock;               /* appending alone; short, no system call under it */
+    struct working_set_log *log;        /* NULL: nothing is recorded */
+    uint64_t *noted[STATUS_BLOCKS_MAX]; /* by block: pages that were noted, a bit each */
 };
 
 /* A block in the set, with its source. */
@@ -67,8 +69,8 @@ struct served_block {
     uint64_t foreign_told;
     uint64_t progress_told;
     uint32_t stream_window_max;
-    uint32_t stream_window; /* the stream's: pieces that may be under way; under its lock */
-    uint64_t stream_cursor; /* the stream's: the page where its background goes on; under its lock */
+    uint32_t stream_window;      /* the stream's: pieces that may be under way; under its lock */
+    uint64_t stream_cursor;      /* the stream's: the page where its background goes on; under its lock */
     struct stream_replay replay; /* the stream's; under its lock */
     /* Events not yet told; under events_lock. */
     uint32_t events;
@@ -96,8 +98,12 @@ struct fault_worker {
     uint32_t epoch_seen;
     int awaits_answer; /* this and the next two: fault_wait.c's */
     uint32_t skips, skips_left;
-    int is_put_off;  /* follow_uffd's: a fault was left unanswered, since its helper's address space is changing */
-    int is_answered; /* and another was not: it no longer is */
+    uint64_t crowd_turn_ns; /* since then it answers crowds and has found no time to wait; 0: it does not */
+    uint64_t crowd_rest_end_ns;
+    uint32_t resting[CROWDS_RESTING_MAX]; /* remote fds that it does not poll until then */
+    uint32_t n_resting;
+    int is_put_off;   /* follow_uffd's: a fault was left unanswered, since its helper's address space is changing */
+    int is_answered;  /* and another was not: it no longer is */
     uint8_t *staging; /* one page of the largest size */
     struct ahead_span ahead[UFFD_READ_MAX]; /* fault_ahead.c's: of one remote fd, to be brought after its faults */
     uint32_t n_ahead;
@@ -123,7 +129,8 @@ struct fault_threads {
     struct working_set working_set;
     uint32_t last_faulter;           /* a remote fd's id */
     uint64_t beside_others_until_ns; /* more than one of them faults */
-    uint64_t crowd_until_ns;         /* and one of them has many threads: fault_home.c's */
+    uint64_t crowd_until_ns;         /* and one of them is a crowd: fault_crowd.c's */
+    uint32_t n_cpus;                 /* that this process may use, and its helpers likely too */
     uint32_t demand_in_flight;
     pthread_mutex_t demands_lock; /* the remote fds' queues, and these; short, no system call under it */
     struct demand *demands_head;  /* asked for because of faults, and not late: the oldest first */
@@ -131,7 +138,7 @@ struct fault_threads {
     uint64_t fault_timeout_ns; /* 0: never */
     uint64_t read_ahead_bytes; /* 0: none */
     uint64_t next_look_ns;     /* the stream's thread's */
-    int maps_fd; /* struct kept_maps after struct kept_maps; -1: nobody wants them */
+    int maps_fd;               /* struct kept_maps after struct kept_maps; -1: nobody wants them */
 
     pthread_mutex_t events_lock;
     int event_fd;
@@ -176,6 +183,19 @@ void follow_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t
 int polls_anywhere(const struct fault_worker *worker);
 /* A thread of the helper has faulted and been answered: now and then looks where it runs. */
 void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid);
+/* The worker had stopped to poll the remote fd's uffd: it polls again, unless only others shall. */
+void home_poll_again(struct fault_worker *worker, struct remote_fd *remote);
+
+/* fault_crowd.c */
+/* A thread of the helper has faulted, and others' do. */
+void crowd_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid, uint64_t now_ns);
+/* Whether the helper has many threads in faults, beside others; whether any has. */
+int is_crowd(const struct remote_fd *remote, uint64_t now_ns);
+int has_crowd(const struct fault_threads *ft, uint64_t now_ns);
+/* Whether what waits on the uffd must wait longer: then the worker does not poll it until its rest ends. */
+int crowd_must_rest(struct fault_worker *worker, struct remote_fd *remote, uint64_t now_ns);
+/* The worker had time to wait, or the rest is over: all are polled. */
+void crowd_end_turn(struct fault_worker *worker);
 
 /* fault_ahead.c */
 /* Notes a fault on a missing page: what is to be brought besides it. */

@@ -111,10 +111,9 @@ int is_beside_others(const struct fault_threads *ft, uint64_t now_ns)
 
 /* How many faults of a helper are answered in a row. While others fault too it is one: each answer makes a thread
  * runnable, and behind sixteen of one helper's another's fault waits, and then its thread, which is longer. */
-static uint32_t batch_for(struct fault_threads *ft, const struct remote_fd *remote)
+static uint32_t batch_for(struct fault_threads *ft, const struct remote_fd *remote, uint64_t now_ns)
 {
     uint32_t last = __atomic_load_n(&ft->last_faulter, __ATOMIC_RELAXED);
-    uint64_t now_ns = clock_ns();
 
     if (last != remote->id) {
         __atomic_store_n(&ft->last_faulter, remote->id, __ATOMIC_RELAXED);
@@ -133,7 +132,10 @@ static void handle_uffd(struct fault_worker *worker, struct remote_fd *remote, u
         disable_remote(worker->ft, remote, EBADFD, 0);
         return;
     }
-    uint32_t most = batch_for(worker->ft, remote);
+    uint64_t now_ns = clock_ns();
+    uint32_t most = batch_for(worker->ft, remote, now_ns);
+    if (crowd_must_rest(worker, remote, now_ns))
+        return;
     if (remote->has_events) {
         follow_uffd(worker, remote, most);
         return;
@@ -365,6 +367,15 @@ void fault_threads_stop(struct fault_threads *ft)
 
 /* ---- the set ---- */
 
+static uint32_t count_cpus(void)
+{
+    cpu_set_t set;
+
+    if (sched_getaffinity(0, sizeof(set), &set) < 0) /* there are more than fit */
+        return CPU_SETSIZE;
+    return (uint32_t)CPU_COUNT(&set);
+}
+
 int fault_threads_new(struct fault_threads **ftp, struct status_header *status)
 {
     struct fault_threads *ft = calloc(1, sizeof(*ft));
@@ -373,6 +384,7 @@ int fault_threads_new(struct fault_threads **ftp, struct status_header *status)
     if (!ft)
         return -ENOMEM;
     ft->status = status;
+    ft->n_cpus = count_cpus();
     memory_room_get();
     pthread_mutex_init(&ft->workers_lock, NULL);
     pthread_cond_init(&ft->workers_changed, NULL);

@@ -3,9 +3,13 @@
  * To wake a sleeping CPU takes longer than a near server needs for its answer. So a thread that has asked one for a
  * page looks for the answer a while before it sleeps, if it polls for that. Where answers do not come meanwhile (from a
  * far server, from one that would run on this very CPU, on a busy machine) it looks more and more seldom, and at last
- * hardly ever.
+ * hardly ever. While a crowd rests (fault_crowd.c) it sleeps until the rest is over.
  */
+#define _GNU_SOURCE
 #include "fault_internal.h"
+
+#include <poll.h>
+#include <time.h>
 
 #include "thread.h"
 
@@ -50,14 +54,33 @@ static int look(struct fault_worker *worker, struct epoll_event *events, int mos
     return n;
 }
 
+static int sleep_until(struct fault_worker *worker, struct epoll_event *events, int most, uint64_t then_ns)
+{
+    struct pollfd polled = {.fd = worker->epoll_fd, .events = POLLIN};
+    uint64_t now_ns = clock_ns();
+    struct timespec left = {.tv_nsec = then_ns > now_ns ? (long)(then_ns - now_ns) : 0};
+
+    (void)ppoll(&polled, 1, &left, NULL);
+    return epoll_wait(worker->epoll_fd, events, most, 0);
+}
+
 int wait_for_events(struct fault_worker *worker, struct epoll_event *events, int most)
 {
     int n = 0;
 
+    if (worker->n_resting && clock_ns() >= worker->crowd_rest_end_ns)
+        crowd_end_turn(worker);
     if (worker->awaits_answer && worker->skips_left == 0)
         n = look(worker, events, most);
     else if (worker->awaits_answer)
         worker->skips_left--;
     worker->awaits_answer = 0;
+    if (n == 0 && worker->n_resting)
+        return sleep_until(worker, events, most, worker->crowd_rest_end_ns);
+    if (n == 0 && worker->crowd_turn_ns) {
+        n = epoll_wait(worker->epoll_fd, events, most, 0);
+        if (n == 0)
+            crowd_end_turn(worker); /* it is not too fast */
+    }
     return n != 0 ? n : epoll_wait(worker->epoll_fd, events, most, -1);
 }

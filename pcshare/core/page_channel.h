@@ -39,7 +39,7 @@ enum {
     PAGE_CHANNEL_PIECE_BYTES = 1 << 20,
     PAGE_CHANNEL_PIECES = 4,
     PAGE_CHANNEL_PIECES_DEMAND = 1,
-    PAGE_CHANNEL_DEMANDS_OF_ONE = 8, /* half of what a file's readers do side by side */
+    PAGE_CHANNEL_DEMANDS_OF_ONE = 8,           /* half of what a file's readers do side by side */
     PAGE_CHANNEL_AROUND_BYTES_MAX = 256 << 10, /* more takes longer on the way than it saves */
 };
 
@@ -60,7 +60,8 @@ struct page_channel {
     uint32_t stream_piece_bytes;
     uint32_t stream_piece_count;
     uint32_t stream_piece_count_demand; /* while somebody waits in a fault */
-    uint32_t demands_of_one; /* pages of one helper's faults that it is asked for at once; 0: any number */
+    uint32_t demands_of_one;            /* pages of one helper's faults that it is asked for at once; 0: any number */
+    uint32_t demands_of_crowd;          /* of one with many threads in faults, beside others; 0: as of any */
     /* What its source reads at a time, bytes, whatever is asked of it: a demand asks for all of that. 0: no such. */
     uint32_t around_bytes;
     int pushes; /* its source sends every page of its own accord: only what somebody wants is asked for */

@@ -32,11 +32,12 @@ enum {
     NBD_FAREWELL_LOOK_MS = 5, /* between looks whether they have come */
     ROUND_TRIP_DRIFT = 256, /* a server that went away from us is known to be far after so many demands or some more */
     NBD_STREAM_PIECE_BYTES = 512 << 10,
-    NBD_STREAM_PIECES = 16,     /* as many as nbdkit and qemu-nbd work on at once */
-    NBD_STREAM_PIECES_NEAR = 1, /* beside a demand: one that answers at once keeps CPUs busy that the demand needs */
-    NBD_STREAM_PIECES_FAR = 4,  /* one that takes its time goes on at full speed */
-    NBD_DEMANDS_OF_ONE_NEAR = 4, /* pages of one helper: what a near server has to do is done one after the other */
-    NBD_DEMANDS_OF_ONE_FAR = 16, /* as many as nbdkit and qemu-nbd work on at once */
+    NBD_STREAM_PIECES = 16,        /* as many as nbdkit and qemu-nbd work on at once */
+    NBD_STREAM_PIECES_NEAR = 1,    /* beside a demand: one that answers at once keeps CPUs busy that the demand needs */
+    NBD_STREAM_PIECES_FAR = 4,     /* one that takes its time goes on at full speed */
+    NBD_DEMANDS_OF_ONE_NEAR = 4,   /* pages of one helper: what a near server has to do is done one after the other */
+    NBD_DEMANDS_OF_ONE_FAR = 16,   /* as many as nbdkit and qemu-nbd work on at once */
+    NBD_DEMANDS_OF_CROWD_NEAR = 2, /* each wakes a thread, and so does each answer: those take the CPUs */
 };
 static const uint64_t ns_per_ms = 1000000;
 static const uint64_t far_ns = 1000000; /* a page takes longer, and it is not for want of a CPU */
@@ -411,6 +412,7 @@ static void note_round_trip(struct nbd_channel *c, const struct nbd_read *read)
                      __ATOMIC_RELAXED);
     __atomic_store_n(&c->channel.demands_of_one, is_near ? NBD_DEMANDS_OF_ONE_NEAR : NBD_DEMANDS_OF_ONE_FAR,
                      __ATOMIC_RELAXED);
+    __atomic_store_n(&c->channel.demands_of_crowd, is_near ? NBD_DEMANDS_OF_CROWD_NEAR : 0, __ATOMIC_RELAXED);
 }
 
 static void handle_answer(struct nbd_channel *c, struct nbd_read *read)

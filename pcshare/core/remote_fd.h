@@ -38,8 +38,8 @@ struct read_ahead;
 
 struct remote_fd {
     int32_t references;
-    uint32_t id; /* slot and generation; what events name it by */
-    int is_own;  /* the coordinator's: never poisoned, has no control socket */
+    uint32_t id;    /* slot and generation; what events name it by */
+    int is_own;     /* the coordinator's: never poisoned, has no control socket */
     int has_events; /* a writable attachment: its uffd may send REMOVE, UNMAP and REMAP. Set before it is added */
     int is_strict;  /* registered for MINOR faults too: a page is mapped there when it is received. Set before */
     int uffd;
@@ -58,9 +58,12 @@ struct remote_fd {
     int32_t home_cpu;  /* the only CPU whose fault thread polls it; -1: a few do. The home_ fields are fault_home.c's */
     uint32_t home_tid; /* who faulted when somebody looked last */
     uint64_t home_look_ns;
-    uint64_t home_fault_ns; /* the last fault */
-    uint32_t home_faults;   /* since the last look */
-    int home_moves; /* somebody is at it */
+    uint64_t home_fault_ns;   /* the last fault */
+    uint32_t home_faults;     /* since the last look */
+    int home_moves;           /* somebody is at it */
+    uint64_t crowd_window_ns; /* the crowd_ fields are fault_crowd.c's */
+    uint64_t crowd_threads;   /* that faulted since then, a bit each */
+    uint64_t crowd_until_ns;
     struct status_helper *status;
     int32_t events; /* REMOTE_EVENT_* not yet told */
     int error;      /* the errno that goes with DISABLED */
@@ -76,8 +79,8 @@ void remote_fd_put(struct remote_fd *r);
 int remote_fd_page(const struct remote_fd *r, uint64_t client_addr, uint64_t *pagep);
 /* Wakes whoever waits for the page, in each map that shows it. */
 int remote_fd_wake(const struct remote_fd *r, uint64_t page);
-/* Maps a page and wakes who waits for it; then as many of its neighbours in [start, end) as come without trouble. All of
- * these must be received: what is mapped is read without a question. -EFAULT: the page is not in memory (a helper
+/* Maps a page and wakes who waits for it; then as many of its neighbours in [start, end) as come without trouble. All
+ * of these must be received: what is mapped is read without a question. -EFAULT: the page is not in memory (a helper
  * removed it). -EAGAIN: not now, its address space is changing; who waits was not woken. Else he was, whatever came of
  * it. */
 int remote_fd_give(const struct remote_fd *r, uint64_t page, uint64_t start, uint64_t end);

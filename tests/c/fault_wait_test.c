@@ -1,17 +1,21 @@
-/* fault_wait_test: when a fault thread looks for an answer before it sleeps, a case a run, named by the first argument.
+/* fault_wait_test: when a fault thread looks for an answer before it sleeps, and whom it lets rest meanwhile, a case a
+ * run, named by the first argument.
  * Time is what this file says it is.
  *
  * Exit status: 0 the claim holds, 1 it does not (stderr says where).
  */
 #define _GNU_SOURCE
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "fault_internal.h"
 #include "remote_fd.h"
 
 enum { MANY = 20000, NEAR_NS = 20000, FAR_NS = 2000000, LOOK_NS = 1000 };
+enum { CPUS = 2, FEW_THREADS = 4, CROWD_THREADS = 5, HELPERS = 12, FAULT_NS = 8000, FAULTS = 100, NEVER = -1 };
 
 #define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
 
@@ -22,7 +26,8 @@ static void fail(const char *what, int line)
 }
 
 static uint64_t now_ns, event_ns, event_data;
-static int poll_fd = 3, polls_channels = 1, sleeps, looks;
+static int poll_fd = 3, polls_channels = 1, sleeps, looks, is_polled[HELPERS], is_gone[HELPERS], n_held;
+static struct remote_fd helpers[HELPERS];
 
 uint64_t clock_ns(void)
 {
@@ -50,6 +55,49 @@ int page_channel_poll_fd(struct page_channel *channel)
     return poll_fd;
 }
 
+/* A helper's id is its number. */
+struct remote_fd *remote_by_id(struct fault_threads *ft, uint32_t id)
+{
+    (void)ft;
+    CHECK(id < HELPERS);
+    n_held += !is_gone[id];
+    return is_gone[id] ? NULL : &helpers[id];
+}
+
+void remote_fd_put(struct remote_fd *remote)
+{
+    (void)remote;
+    n_held--;
+}
+
+void change_polling(struct fault_worker *worker, struct remote_fd *remote, int polls)
+{
+    (void)worker;
+    CHECK(polls == 0);
+    is_polled[remote->id] = 0;
+}
+
+void home_poll_again(struct fault_worker *worker, struct remote_fd *remote)
+{
+    (void)worker;
+    CHECK(!is_gone[remote->id]);
+    is_polled[remote->id] = 1;
+}
+
+int ppoll(struct pollfd *polled, nfds_t n, const struct timespec *timeout, const __sigset_t *mask)
+{
+    (void)polled;
+    CHECK(n == 1 && !mask);
+    CHECK(timeout->tv_sec == 0 && timeout->tv_nsec >= 0);
+    uint64_t end_ns = now_ns + (uint64_t)timeout->tv_nsec;
+    sleeps++;
+    if (event_ns >= end_ns)
+        now_ns = end_ns;
+    else if (event_ns > now_ns)
+        now_ns = event_ns;
+    return now_ns >= event_ns;
+}
+
 int epoll_wait(int fd, struct epoll_event *events, int most, int timeout_ms)
 {
     CHECK(fd == 7 && most > 0);
@@ -67,7 +115,7 @@ int epoll_wait(int fd, struct epoll_event *events, int most, int timeout_ms)
     return 1;
 }
 
-static struct fault_threads threads = {.demand_in_flight = 1};
+static struct fault_threads threads = {.demand_in_flight = 1, .n_cpus = CPUS};
 static struct fault_worker worker = {.ft = &threads, .epoll_fd = 7};
 static const struct remote_fd remote;
 
@@ -145,6 +193,157 @@ static void other_events_teach_nothing(void)
     CHECK(ask_and_wait(FAR_NS) > 0);
 }
 
+/* ---- crowds ---- */
+
+static void begin_crowds(void)
+{
+    threads.demand_in_flight = 0;
+    now_ns = 1000000000;
+    for (uint32_t i = 0; i < HELPERS; i++) {
+        helpers[i] = (struct remote_fd){.id = i};
+        is_polled[i] = 1;
+    }
+}
+
+/* A thread of the helper has faulted, and something else is there already. Whether it was answered. */
+static int fault(struct remote_fd *helper, uint32_t tid)
+{
+    struct epoll_event events[4];
+
+    event_data = (uint64_t)POLL_UFFD << POLL_KIND_SHIFT;
+    event_ns = now_ns;
+    CHECK(wait_for_events(&worker, events, 4) == 1);
+    CHECK(is_polled[helper->id]);
+    if (crowd_must_rest(&worker, helper, now_ns))
+        return 0;
+    now_ns += FAULT_NS;
+    crowd_note_fault(&threads, helper, tid, now_ns);
+    return 1;
+}
+
+/* As many of them, their threads in turns, as are answered in a row, FAULTS at most. */
+static int faults_in_a_row(struct remote_fd *helper, uint32_t n_threads)
+{
+    int n = 0;
+
+    while (n < FAULTS && fault(helper, 1000 + (uint32_t)n % n_threads))
+        n++;
+    return n;
+}
+
+static void be_crowd(struct remote_fd *helper)
+{
+    for (uint32_t i = 0; i < CROWD_THREADS; i++)
+        crowd_note_fault(&threads, helper, 1000 + i, now_ns);
+    CHECK(is_crowd(helper, now_ns) && has_crowd(&threads, now_ns));
+}
+
+/* Nothing happens for so long; NEVER: until somebody rests no more. How long it slept. */
+static uint64_t sleep_for(int64_t later_ns)
+{
+    struct epoll_event events[4];
+    uint64_t begin_ns = now_ns;
+
+    event_ns = later_ns == NEVER ? UINT64_MAX : now_ns + (uint64_t)later_ns;
+    CHECK(wait_for_events(&worker, events, 4) == (later_ns != NEVER));
+    return now_ns - begin_ns;
+}
+
+static void crowd_rests_after_its_turn(void)
+{
+    begin_crowds();
+    CHECK(faults_in_a_row(&helpers[1], CROWD_THREADS) > CROWD_THREADS);
+    for (int i = 0; i < 3; i++) {
+        CHECK(!is_polled[1] && worker.n_resting == 1);
+        uint64_t slept_ns = sleep_for(NEVER);
+        CHECK(slept_ns > 2 * FAULT_NS && slept_ns < 100000);
+        int n = faults_in_a_row(&helpers[1], CROWD_THREADS); /* the first of them ends the rest */
+        CHECK(n > 1 && n < FAULTS / 4);
+    }
+    sleep_for(NEVER);
+    now_ns += 200000000; /* much later it may be none */
+    CHECK(!is_crowd(&helpers[1], now_ns) && !has_crowd(&threads, now_ns));
+}
+
+static void few_threads_never_rest(void)
+{
+    begin_crowds();
+    CHECK(faults_in_a_row(&helpers[1], FEW_THREADS) == FAULTS);
+    be_crowd(&helpers[2]); /* and neither beside others that do */
+    CHECK(faults_in_a_row(&helpers[2], CROWD_THREADS) < FAULTS && !is_polled[2]);
+    CHECK(faults_in_a_row(&helpers[1], FEW_THREADS) == FAULTS);
+}
+
+static void threads_that_fault_seldom_are_no_crowd(void)
+{
+    begin_crowds();
+    for (uint32_t i = 0; i < FAULTS; i++) {
+        crowd_note_fault(&threads, &helpers[1], 1000 + i, now_ns);
+        now_ns += 3000000;
+        CHECK(!is_crowd(&helpers[1], now_ns));
+    }
+}
+
+static void many_cpus_run_many_threads(void)
+{
+    begin_crowds();
+    threads.n_cpus = CROWD_THREADS;
+    CHECK(faults_in_a_row(&helpers[1], CROWD_THREADS) == FAULTS);
+    threads.n_cpus = 1000;
+    CHECK(faults_in_a_row(&helpers[1], FAULTS) == FAULTS);
+}
+
+static void crowd_that_leaves_time_to_wait_does_not_rest(void)
+{
+    begin_crowds();
+    be_crowd(&helpers[1]);
+    for (uint32_t i = 0; i < FAULTS; i++) {
+        CHECK(fault(&helpers[1], 1000 + i % CROWD_THREADS));
+        sleep_for(FAULT_NS);
+    }
+}
+
+static void rest_ends_with_others_events_coming(void)
+{
+    begin_crowds();
+    be_crowd(&helpers[1]);
+    (void)faults_in_a_row(&helpers[1], CROWD_THREADS);
+    for (int i = 0; i < FAULTS && !is_polled[1]; i++) {
+        CHECK(fault(&helpers[2], 7));
+        sleep_for(1000);
+    }
+    CHECK(is_polled[1] && worker.n_resting == 0);
+}
+
+static void more_crowds_than_are_kept_go_on(void)
+{
+    begin_crowds();
+    for (int i = 0; i < HELPERS; i++)
+        be_crowd(&helpers[i]);
+    (void)faults_in_a_row(&helpers[0], CROWD_THREADS);
+    for (int i = 1; i < CROWDS_RESTING_MAX; i++)
+        CHECK(faults_in_a_row(&helpers[i], CROWD_THREADS) == 0 && !is_polled[i]);
+    CHECK(fault(&helpers[CROWDS_RESTING_MAX], 1000) && is_polled[CROWDS_RESTING_MAX]);
+    sleep_for(NEVER);
+    sleep_for(FAULT_NS);
+    for (int i = 0; i < HELPERS; i++)
+        CHECK(is_polled[i]);
+    CHECK(n_held == 0);
+}
+
+static void who_goes_while_it_rests_is_forgotten(void)
+{
+    begin_crowds();
+    be_crowd(&helpers[1]);
+    be_crowd(&helpers[2]);
+    (void)faults_in_a_row(&helpers[1], CROWD_THREADS);
+    CHECK(faults_in_a_row(&helpers[2], CROWD_THREADS) == 0);
+    is_gone[1] = 1;
+    sleep_for(NEVER);
+    CHECK(fault(&helpers[3], 7)); /* which ends the rest */
+    CHECK(!is_polled[1] && is_polled[2] && worker.n_resting == 0 && n_held == 0);
+}
+
 #define CASE(name) {#name, name}
 
 static const struct {
@@ -157,6 +356,14 @@ static const struct {
     CASE(far_answers_are_hardly_ever_looked_for),
     CASE(answers_that_come_soon_again_are_found_out),
     CASE(other_events_teach_nothing),
+    CASE(crowd_rests_after_its_turn),
+    CASE(few_threads_never_rest),
+    CASE(threads_that_fault_seldom_are_no_crowd),
+    CASE(many_cpus_run_many_threads),
+    CASE(crowd_that_leaves_time_to_wait_does_not_rest),
+    CASE(rest_ends_with_others_events_coming),
+    CASE(more_crowds_than_are_kept_go_on),
+    CASE(who_goes_while_it_rests_is_forgotten),
 };
 
 int main(int argc, char **argv)
