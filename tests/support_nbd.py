@@ -514,6 +514,7 @@ class Withheld:
     def __init__(self, data: bytes, reads: Iterable[tuple[int, int]], preferred: int = 4096) -> None:
         self._data = data
         self._reads = set(reads)
+        self.withholds_all = False
         self._handshake = Handshake(size=len(data), block_sizes=(1, preferred, 32 << 20))
         self._owed: list[tuple[Peer, Request]] = []
 
@@ -533,11 +534,11 @@ class Withheld:
 
     def _withhold(self, peer: Peer, request: Request) -> bool:
         read = request.offset, request.length
-        is_first = request.command == Command.READ and read in self._reads
-        if is_first:
-            self._reads.remove(read)
+        withholds = request.command == Command.READ and (self.withholds_all or read in self._reads)
+        if withholds:
+            self._reads.discard(read)
             self._owed.append((peer, request))
-        return is_first
+        return withholds
 
 
 class ScriptedServer:

@@ -6,6 +6,7 @@ machine does. How much a flood of faults from the page cache disturbs is measure
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import tempfile
@@ -16,13 +17,15 @@ import pytest
 
 from pcshare.fault_thread import DEMANDS_IN_FLIGHT_MAX, REQUESTS_IN_FLIGHT_MAX
 from pcshare.protocol import AdminOp
-from support import wait_until
+from support import needs, wait_until
 from support_nbd import ScriptedServer, Withheld, nbdkit
 from support_serving import LAZY, PAGE, HelperProcess, Serving, make_file, page_of, serving
 
 N_PAGES = 4000
 PAGE_S = 0.02  # what the source takes for a page
 SHARE = 8  # pages of one helper at a file, PAGE_CHANNEL_DEMANDS_OF_ONE
+CROWDS_SHARE = 2  # of a crowd at a near server, NBD_DEMANDS_OF_CROWD_NEAR
+CROWD_CPUS_MAX = 32  # of fault_crowd.c: with as many nobody is a crowd
 FLOOD = 64
 SLACK_PAGES = 4
 TOUCHES = 8
@@ -76,6 +79,38 @@ def test_page_waits_behind_a_share_of_another_helpers_flood(runtime_dir: Path, s
         received = served.block().received_pages
         queued = received + FLOOD - 2  # asked for long after those before it
         assert touch_s(other, queued) < (SHARE + SLACK_PAGES) * PAGE_S
+
+
+def test_crowd_has_two_pages_at_a_near_server(runtime_dir: Path, rng: random.Random) -> None:
+    """Beside one that faults now and then; each of its answers would take the CPUs that the other needs."""
+    cpus = len(os.sched_getaffinity(0))
+    needs(None if cpus < CROWD_CPUS_MAX else f"fewer than {CROWD_CPUS_MAX} CPUs")
+    n_threads = 4 * cpus
+    content = rng.randbytes(N_PAGES * PAGE)
+    held = Withheld(content, [])
+    with (
+        tempfile.TemporaryDirectory(prefix="pcs-", dir="/tmp") as folder,
+        ScriptedServer(held.script) as server,
+    ):
+        path, _ = server.listen(Path(folder) / "s.sock")
+        with serving(f"data=nbd+unix:///?socket={path}#timeout=600s", stream_mode=LAZY, read_ahead=0) as served:
+            crowd, steady = attached(served), attached(served)
+            flood(crowd, n_threads)
+            steady.start(
+                f"import time\nfor page in range({N_PAGES // 2}, {N_PAGES}): read(b, page * {PAGE}); time.sleep(0.001)"
+            )
+            wait_until(lambda: served.block().demand_pages > N_PAGES // 8, "both to have faulted")
+            held.withholds_all = True
+            served.wait_for_waiting(n_threads, crowd.pid)
+            served.wait_for_waiting(1, steady.pid)
+            wait_until(lambda: held.owed_count > CROWDS_SHARE, "the server to have read what it was asked")
+            time.sleep(0.05)  # for what it should not be asked
+            assert held.owed_count == CROWDS_SHARE + 1
+            held.withholds_all = False
+            held.answer_late()
+            wait_until(lambda: served.block().received_pages == N_PAGES, "all pages")
+            for helper in (crowd, steady):
+                assert helper.do(f"read(b, 0, {len(content)})") == content
 
 
 def test_every_thread_of_a_flood_is_served_right(runtime_dir: Path, data_file: Path) -> None:

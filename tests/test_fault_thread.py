@@ -12,6 +12,7 @@ import select
 import struct
 import subprocess
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,9 @@ LENGTH = N_PAGES * PAGE - 100
 MANY_PAGES = 1 << 15
 POLL_UFFD = 1  # of fault_internal.h
 CROWD_CPUS_MAX = 32  # of fault_crowd.c: with as many nobody is a crowd
+STEADY, CROWD = 0, 1  # of Neighbours
+MOVES_PART = 0.03
+DRAIN_S = 0.001  # of fault_crowd.c, for each thread of a crowd: then its events are read
 SYS_SCHED_GETATTR, SCHED_ATTR_BYTES = 315, 48  # of x86-64; of the structure's first version
 THREAD_ID = lib.UFFD_FEATURE_BIT_THREAD_ID
 
@@ -133,21 +137,30 @@ def test_few_of_many_threads_poll_for_a_helper_without_a_home(
 
 class Neighbours:
     """Two helpers of one coordinator with two fault threads: one that touches pages of the first half now and then, on
-    one CPU, and a crowd for the second half. By name: how many fault threads poll for it."""
+    one CPU, and a crowd for the second half."""
 
-    def __init__(self, served: Serving) -> None:
+    def __init__(self, served: Serving, crowds_mode: str = "ro") -> None:
         self.steady, self.crowd = served.helper(), served.helper()
-        self._ids = [self._attach(helper) for helper in (self.steady, self.crowd)]
+        self._ids = self._attach(self.steady, "ro"), self._attach(self.crowd, crowds_mode)
 
-    def _attach(self, helper: HelperProcess) -> int:
+    def _attach(self, helper: HelperProcess, mode: str) -> int:
         before = set(pollers_of_uffds())
-        helper.do("b = attach()")
+        helper.do(f"b = attach(mode={mode!r})")
         (added,) = set(pollers_of_uffds()) - before
         return added
 
     def pollers(self) -> tuple[int, int]:
+        """How many fault threads poll for STEADY, and for CROWD."""
         found = pollers_of_uffds()
-        return found[self._ids[0]], found[self._ids[1]]
+        assert set(self._ids) <= set(found)
+        return found[self._ids[STEADY]], found[self._ids[CROWD]]
+
+    def pollers_until(self, touched: Pending) -> list[tuple[int, int]]:
+        found, deadline = [], time.monotonic() + WAIT_S
+        while not touched.is_done():
+            assert time.monotonic() < deadline, "the crowd hangs"
+            found.append(self.pollers())
+        return found
 
     def begin_steady(self) -> None:
         self.steady.start(
@@ -155,18 +168,24 @@ class Neighbours:
             f"for page in range({MANY_PAGES // 2}): read(b, page * {PAGE}); time.sleep(0.0005)"
         )
 
-    def begin_crowd(self) -> Pending:
+    def begin_crowd(self, threads_a_cpu: int = 3, meanwhile: str = "") -> Pending:
         """More threads than the CPUs run, which do nothing but fault; ends with the bytes of the half."""
-        n = 3 * len(os.sched_getaffinity(0))
+        n = threads_a_cpu * len(os.sched_getaffinity(0))
         return self.crowd.start(
             "import threading, numpy as np\n"
             f"half = np.frombuffer(b, np.uint8)[{MANY_PAGES // 2 * PAGE}:]\n"
             f"def touch(first): np.bitwise_or.reduce(half[first * {PAGE} :: {n} * {PAGE}])\n"
             f"threads = [threading.Thread(target=touch, args=(i,), daemon=True) for i in range({n})]\n"
-            "for thread in threads: thread.start()\n"
+            f"for thread in threads: thread.start()\n{meanwhile}"
             "for thread in threads: thread.join()\n"
             "half.tobytes()"
         )
+
+
+def rests(found: list[tuple[int, int]], who: int) -> bool:
+    """Whether nobody polls for it, more often than can be: fault threads are looked at one after the other, and between
+    two looks a home may move from one to the other."""
+    return sum(pollers[who] == 0 for pollers in found) > len(found) * MOVES_PART
 
 
 @pytest.fixture
@@ -192,32 +211,53 @@ def test_crowd_rests_beside_others_and_loses_nothing(runtime_dir: Path, many_pag
     """P4: what a fault thread does not poll for a while it polls again, and nobody else's."""
     content = many_pages.read_bytes()[MANY_PAGES // 2 * PAGE :]
     with serving(f"data={many_pages}", stream_mode=LAZY, fault_threads=2, read_ahead=0) as served:
-        both, found = Neighbours(served), set()
+        both = Neighbours(served)
         both.begin_steady()
         touched = both.begin_crowd()
-        while not touched.is_done():
-            found.add(both.pollers())
+        found = both.pollers_until(touched)
         assert touched.result() == content
-        assert 0 in {crowd for _, crowd in found}
-        assert {steady for steady, _ in found} <= {1, 2}
-        wait_until(lambda: both.pollers()[1] == 2, "the end of its rest")
+        assert rests(found, CROWD)
+        assert not rests(found, STEADY)
+        wait_until(lambda: both.pollers()[CROWD] > 0, "the end of its rest")
 
 
 def test_crowd_does_not_rest_alone(runtime_dir: Path, many_pages: Path) -> None:
     content = many_pages.read_bytes()[MANY_PAGES // 2 * PAGE :]
     with serving(f"data={many_pages}", stream_mode=LAZY, fault_threads=2, read_ahead=0) as served:
-        both, found = Neighbours(served), set()
+        both = Neighbours(served)
         touched = both.begin_crowd()
-        while not touched.is_done():
-            found.add(both.pollers()[1])
+        found = both.pollers_until(touched)
         assert touched.result() == content
-        assert found <= {1, 2}
+        assert not rests(found, CROWD)
+
+
+def test_events_of_a_crowd_are_read_while_it_floods(runtime_dir: Path, many_pages: Path) -> None:
+    """The kernel hands out faults first, and of a crowd that rests there are always some."""
+    content = many_pages.read_bytes()
+    with serving(f"data={many_pages}", stream_mode=LAZY, fault_threads=2, read_ahead=0, writable=["data"]) as served:
+        both = Neighbours(served, "rw")
+        both.begin_steady()
+        touched = both.begin_crowd(
+            8,
+            "import ctypes, time\n"
+            "begin, removed, remove = time.monotonic(), 0, ctypes.CDLL(None).madvise\n"
+            "while any(thread.is_alive() for thread in threads):\n"
+            f"    assert remove(ctypes.c_void_p(half.ctypes.data), ctypes.c_size_t({PAGE}), 4) == 0\n"
+            "    removed += any(thread.is_alive() for thread in threads)\n"
+            "took_s = time.monotonic() - begin\n",
+        )
+        assert touched.result() == content[MANY_PAGES // 2 * PAGE :]
+        removed, took_s, n_threads = both.crowd.do("removed, took_s, len(threads)")
+        assert removed > took_s / (n_threads * DRAIN_S) / 4
 
 
 @pytest.fixture(scope="module", params=[None, "address,undefined"], ids=["plain", "asan"])
 def wait_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_c(
-        tmp_path_factory.mktemp("c") / "wait", "fault_wait_test.c", ["fault_wait.c", "fault_crowd.c"], request.param
+        tmp_path_factory.mktemp("c") / "wait",
+        "fault_wait_test.c",
+        ["fault_wait.c", "fault_crowd.c", "fault_home.c"],
+        request.param,
     )
 
 
@@ -238,6 +278,11 @@ def wait_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         "rest_ends_with_others_events_coming",
         "more_crowds_than_are_kept_go_on",
         "who_goes_while_it_rests_is_forgotten",
+        "crowds_do_not_rest_among_themselves",
+        "what_others_take_is_not_a_crowds_turn",
+        "who_has_another_home_meanwhile_is_not_polled_again",
+        "nobody_looks_for_an_answer_while_a_crowd_rests",
+        "crowd_is_drained_now_and_then",
     ],
 )
 def test_waiting(wait_program: Path, case: str) -> None:

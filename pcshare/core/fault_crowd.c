@@ -1,10 +1,13 @@
-/* fault_crowd: a helper with more threads in faults than the CPUs can run, beside others that fault.
+/* fault_crowd: a helper with many threads in faults, beside others that fault: more than two for each CPU.
  *
  * Each answer makes a thread runnable. Where answers come at once the threads of a crowd fill the run queues, and what
- * another helper waits for comes too late: the fault thread's turn, and then its own. So a fault thread answers a crowd
- * for a moment, and then lets it rest for a moment, in which the CPUs run whom it woke. Whose threads cannot keep a
- * fault thread busy never rests, and neither does a crowd that faults alone. What a resting crowd asks for waits on its
- * uffd.
+ * another helper waits for comes too late: the fault thread's turn, and then its own. So beside helpers that are no
+ * crowds a fault thread answers crowds for a moment, and then lets them rest for a moment, in which the CPUs run whom
+ * it woke. Whose threads cannot keep a fault thread busy never rest. What a resting crowd asks for waits on its uffd.
+ *
+ * Faults are read before events. A crowd that rests has always faults to be read, and one that is answered one by one
+ * mostly has: the thread that unmaps or removes memory would wait until the others are done. So now and then all that
+ * waits is read, and the faults among it are put off.
  */
 #include "fault_internal.h"
 
@@ -13,9 +16,11 @@ enum {
     CROWD_TID_BITS = 64,     /* threads are counted by so many numbers: with 32 CPUs and more nobody is a crowd */
 };
 static const uint64_t window_ns = 10000000; /* in which they are counted */
-static const uint64_t lasts_ns = 100000000; /* since so many were counted */
+static const uint64_t lasts_ns = 100000000; /* since so many were counted, or since one that is no crowd faulted */
 static const uint64_t turn_ns = 30000;      /* two or three pages from the page cache, and their threads' turns */
 static const uint64_t rest_ns = 40000;
+static const uint64_t drain_ns = 10000000;        /* from one time to the next at least, */
+static const uint64_t drain_a_fault_ns = 1000000; /* and so much for each fault that was put off: it is raised again */
 
 int is_crowd(const struct remote_fd *remote, uint64_t now_ns)
 {
@@ -34,25 +39,30 @@ void crowd_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32
         __atomic_store_n(&remote->crowd_threads, 0, __ATOMIC_RELAXED);
     }
     uint64_t threads = __atomic_or_fetch(&remote->crowd_threads, 1ull << tid % CROWD_TID_BITS, __ATOMIC_RELAXED);
-    if ((uint32_t)__builtin_popcountll(threads) <= CROWD_THREADS_A_CPU * ft->n_cpus)
-        return;
-    __atomic_store_n(&remote->crowd_until_ns, now_ns + lasts_ns, __ATOMIC_RELAXED);
-    __atomic_store_n(&ft->crowd_until_ns, now_ns + lasts_ns, __ATOMIC_RELAXED);
+    if ((uint32_t)__builtin_popcountll(threads) > CROWD_THREADS_A_CPU * ft->n_cpus) {
+        __atomic_store_n(&remote->crowd_until_ns, now_ns + lasts_ns, __ATOMIC_RELAXED);
+        __atomic_store_n(&ft->crowd_until_ns, now_ns + lasts_ns, __ATOMIC_RELAXED);
+    } else if (!is_crowd(remote, now_ns)) {
+        __atomic_store_n(&ft->others_until_ns, now_ns + lasts_ns, __ATOMIC_RELAXED);
+    }
 }
 
 int crowd_must_rest(struct fault_worker *worker, struct remote_fd *remote, uint64_t now_ns)
 {
-    if (!is_crowd(remote, now_ns))
-        return 0;
-    if (!worker->crowd_turn_ns)
-        worker->crowd_turn_ns = now_ns;
-    if (now_ns - worker->crowd_turn_ns < turn_ns || worker->n_resting == CROWDS_RESTING_MAX)
+    if (!is_crowd(remote, now_ns) || worker->crowd_spent_ns < turn_ns || worker->n_resting == CROWDS_RESTING_MAX ||
+        now_ns >= __atomic_load_n(&worker->ft->others_until_ns, __ATOMIC_RELAXED))
         return 0;
     if (!worker->n_resting)
         worker->crowd_rest_end_ns = now_ns + rest_ns;
     worker->resting[worker->n_resting++] = remote->id;
     change_polling(worker, remote, 0);
     return 1;
+}
+
+void crowd_note_answered(struct fault_worker *worker, const struct remote_fd *remote, uint64_t since_ns)
+{
+    if (is_crowd(remote, since_ns))
+        worker->crowd_spent_ns += clock_ns() - since_ns;
 }
 
 void crowd_end_turn(struct fault_worker *worker)
@@ -66,5 +76,17 @@ void crowd_end_turn(struct fault_worker *worker)
         remote_fd_put(remote);
     }
     worker->n_resting = 0;
-    worker->crowd_turn_ns = 0;
+    worker->crowd_spent_ns = 0;
+}
+
+int crowd_must_drain(const struct remote_fd *remote, uint64_t now_ns)
+{
+    return is_crowd(remote, now_ns) && now_ns >= __atomic_load_n(&remote->crowd_drain_ns, __ATOMIC_RELAXED);
+}
+
+void crowd_note_drained(struct remote_fd *remote, uint64_t now_ns, uint32_t n_put_off)
+{
+    uint64_t pause_ns = n_put_off * drain_a_fault_ns;
+
+    __atomic_store_n(&remote->crowd_drain_ns, now_ns + (pause_ns > drain_ns ? pause_ns : drain_ns), __ATOMIC_RELAXED);
 }

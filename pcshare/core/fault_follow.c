@@ -98,6 +98,8 @@ static void run_errand(struct fault_threads *ft, struct fault_worker *worker, st
         close(message->fork_fd);
     if (errand->error)
         disable_remote(ft, remote, errand->error, message->fault_addr);
+    else if (message->event == UFFD_MESSAGE_PAGEFAULT && worker && worker->drains)
+        worker->n_put_off++;
     else if (message->event == UFFD_MESSAGE_PAGEFAULT && worker)
         request_shared_page(ft, worker, remote, errand->page, message->tid);
     for (uint32_t i = 0; i < errand->n_spans; i++)
@@ -145,16 +147,21 @@ static int follow_once(struct fault_worker *worker, struct remote_fd *remote, ui
 }
 
 /* Where faults had to be put off, an event waits behind them, or behind others: all are read until it comes or nothing
- * is in its way any more. That is no longer than the helper has threads, as nobody is woken meanwhile; so each other
- * helper waits no longer than that, and they need not be read one by one. Who was put off then faults again. */
-void follow_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t most)
+ * is in its way any more. So it is when a crowd is drained, behind whose faults one may wait. That is no longer than the
+ * helper has threads, as nobody is woken meanwhile; so each other helper waits no longer than that, and they need not be
+ * read one by one. Who was put off then faults again. */
+void follow_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t most, uint64_t now_ns)
 {
-    worker->is_put_off = worker->is_answered = 0;
-    int goes_on = follow_once(worker, remote, most);
-    while (goes_on && worker->is_put_off && !worker->is_answered)
+    worker->n_put_off = 0;
+    worker->is_answered = 0;
+    worker->drains = crowd_must_drain(remote, now_ns);
+    int goes_on = follow_once(worker, remote, worker->drains ? UFFD_READ_MAX : most);
+    while (goes_on && worker->n_put_off && !worker->is_answered)
         goes_on = follow_once(worker, remote, UFFD_READ_MAX);
-    if (worker->is_put_off)
+    if (worker->n_put_off)
         (void)uffd_wake_all(remote->uffd);
+    if (worker->drains)
+        crowd_note_drained(remote, now_ns, worker->n_put_off);
     ahead_bring(worker, remote);
 }
 

@@ -24,7 +24,7 @@ enum {
     REMOTES_MAX = STATUS_HELPERS_MAX + STATUS_BLOCKS_MAX, /* each block has one of the coordinator's own */
     EPOLL_EVENTS_MAX = 64,
     CONTROL_MESSAGES_MAX = 8, /* read from one helper in a row */
-    CROWDS_RESTING_MAX = 8,   /* of a fault thread; more go on */
+    CROWDS_RESTING_MAX = 64,  /* of a fault thread; more go on */
 };
 
 /* What an epoll event is about; the low half of its data is a remote fd's id, or the index of a channel's block. */
@@ -98,13 +98,15 @@ struct fault_worker {
     uint32_t epoch_seen;
     int awaits_answer; /* this and the next two: fault_wait.c's */
     uint32_t skips, skips_left;
-    uint64_t crowd_turn_ns; /* since then it answers crowds and has found no time to wait; 0: it does not */
+    uint64_t
+        crowd_spent_ns; /* on crowds, since it last slept or let them rest. This and the next three: fault_crowd.c's */
     uint64_t crowd_rest_end_ns;
     uint32_t resting[CROWDS_RESTING_MAX]; /* remote fds that it does not poll until then */
     uint32_t n_resting;
-    int is_put_off;   /* follow_uffd's: a fault was left unanswered, since its helper's address space is changing */
-    int is_answered;  /* and another was not: it no longer is */
-    uint8_t *staging; /* one page of the largest size */
+    int drains;         /* follow_uffd's: no fault is answered */
+    uint32_t n_put_off; /* faults that were left unanswered, for that or since the helper's address space is changing */
+    int is_answered;    /* and another was not: it no longer is */
+    uint8_t *staging;   /* one page of the largest size */
     struct ahead_span ahead[UFFD_READ_MAX]; /* fault_ahead.c's: of one remote fd, to be brought after its faults */
     uint32_t n_ahead;
 };
@@ -129,7 +131,8 @@ struct fault_threads {
     struct working_set working_set;
     uint32_t last_faulter;           /* a remote fd's id */
     uint64_t beside_others_until_ns; /* more than one of them faults */
-    uint64_t crowd_until_ns;         /* and one of them is a crowd: fault_crowd.c's */
+    uint64_t crowd_until_ns;         /* and one of them is a crowd */
+    uint64_t others_until_ns;        /* and one of them is none */
     uint32_t n_cpus;                 /* that this process may use, and its helpers likely too */
     uint32_t demand_in_flight;
     pthread_mutex_t demands_lock; /* the remote fds' queues, and these; short, no system call under it */
@@ -176,14 +179,14 @@ struct served_block *served_block_of(struct fault_threads *ft, const struct ramb
 
 /* fault_follow.c */
 /* Reads what waits on the uffd of a helper that may send events, most messages, and acts on it. */
-void follow_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t most);
+void follow_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t most, uint64_t now_ns);
 
 /* fault_home.c */
 /* Whether this worker polls what belongs to no CPU: channels, and the uffds of helpers that have no home. A few do. */
 int polls_anywhere(const struct fault_worker *worker);
 /* A thread of the helper has faulted and been answered: now and then looks where it runs. */
 void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid);
-/* The worker had stopped to poll the remote fd's uffd: it polls again, unless only others shall. */
+/* The worker had stopped polling the remote fd's uffd: it polls again, unless only others shall. */
 void home_poll_again(struct fault_worker *worker, struct remote_fd *remote);
 
 /* fault_crowd.c */
@@ -194,8 +197,13 @@ int is_crowd(const struct remote_fd *remote, uint64_t now_ns);
 int has_crowd(const struct fault_threads *ft, uint64_t now_ns);
 /* Whether what waits on the uffd must wait longer: then the worker does not poll it until its rest ends. */
 int crowd_must_rest(struct fault_worker *worker, struct remote_fd *remote, uint64_t now_ns);
-/* The worker had time to wait, or the rest is over: all are polled. */
+/* The helper's uffd was read, and what was found answered. */
+void crowd_note_answered(struct fault_worker *worker, const struct remote_fd *remote, uint64_t since_ns);
+/* The worker is about to sleep, or the rest is over: all are polled. */
 void crowd_end_turn(struct fault_worker *worker);
+/* Whether all is to be read that waits on the uffd, and its faults put off, since events may wait behind them. */
+int crowd_must_drain(const struct remote_fd *remote, uint64_t now_ns);
+void crowd_note_drained(struct remote_fd *remote, uint64_t now_ns, uint32_t n_put_off);
 
 /* fault_ahead.c */
 /* Notes a fault on a missing page: what is to be brought besides it. */

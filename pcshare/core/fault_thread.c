@@ -123,23 +123,9 @@ static uint32_t batch_for(struct fault_threads *ft, const struct remote_fd *remo
     return is_beside_others(ft, now_ns) ? 1 : UFFD_READ_MAX;
 }
 
-/* One batch a round, so that one helper cannot keep the others waiting; level-triggered, so nothing is forgotten. */
-static void handle_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t poll_events)
+static void answer_faults(struct fault_worker *worker, struct remote_fd *remote, uint32_t most)
 {
     struct uffd_message messages[UFFD_READ_MAX];
-
-    if (poll_events & EPOLLERR) { /* its owner made it blocking */
-        disable_remote(worker->ft, remote, EBADFD, 0);
-        return;
-    }
-    uint64_t now_ns = clock_ns();
-    uint32_t most = batch_for(worker->ft, remote, now_ns);
-    if (crowd_must_rest(worker, remote, now_ns))
-        return;
-    if (remote->has_events) {
-        follow_uffd(worker, remote, most);
-        return;
-    }
     int n = uffd_read(remote->uffd, messages, most);
     if (n < 0 && n != -EINTR)
         disable_remote(worker->ft, remote, -n, 0);
@@ -148,6 +134,24 @@ static void handle_uffd(struct fault_worker *worker, struct remote_fd *remote, u
     ahead_bring(worker, remote);
     if (n > 0)
         home_note_fault(worker->ft, remote, messages[n - 1].tid);
+}
+
+/* One batch a round, so that one helper cannot keep the others waiting; level-triggered, so nothing is forgotten. */
+static void handle_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t poll_events)
+{
+    if (poll_events & EPOLLERR) { /* its owner made it blocking */
+        disable_remote(worker->ft, remote, EBADFD, 0);
+        return;
+    }
+    uint64_t now_ns = clock_ns();
+    uint32_t most = batch_for(worker->ft, remote, now_ns);
+    if (crowd_must_rest(worker, remote, now_ns))
+        return;
+    if (remote->has_events)
+        follow_uffd(worker, remote, most, now_ns);
+    else
+        answer_faults(worker, remote, most);
+    crowd_note_answered(worker, remote, now_ns);
 }
 
 static void handle_channel(struct fault_threads *ft, uint32_t block_index)

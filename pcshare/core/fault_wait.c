@@ -70,6 +70,8 @@ int wait_for_events(struct fault_worker *worker, struct epoll_event *events, int
 
     if (worker->n_resting && clock_ns() >= worker->crowd_rest_end_ns)
         crowd_end_turn(worker);
+    if (worker->n_resting)
+        worker->awaits_answer = 0; /* the CPU is for others now */
     if (worker->awaits_answer && worker->skips_left == 0)
         n = look(worker, events, most);
     else if (worker->awaits_answer)
@@ -77,7 +79,7 @@ int wait_for_events(struct fault_worker *worker, struct epoll_event *events, int
     worker->awaits_answer = 0;
     if (n == 0 && worker->n_resting)
         return sleep_until(worker, events, most, worker->crowd_rest_end_ns);
-    if (n == 0 && worker->crowd_turn_ns) {
+    if (n == 0 && worker->crowd_spent_ns) {
         n = epoll_wait(worker->epoll_fd, events, most, 0);
         if (n == 0)
             crowd_end_turn(worker); /* it is not too fast */

@@ -64,6 +64,7 @@ struct remote_fd {
     uint64_t crowd_window_ns; /* the crowd_ fields are fault_crowd.c's */
     uint64_t crowd_threads;   /* that faulted since then, a bit each */
     uint64_t crowd_until_ns;
+    uint64_t crowd_drain_ns; /* when all that waits is to be read next */
     struct status_helper *status;
     int32_t events; /* REMOTE_EVENT_* not yet told */
     int error;      /* the errno that goes with DISABLED */

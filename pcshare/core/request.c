@@ -431,7 +431,7 @@ static int put_off(struct fault_worker *worker, const struct remote_fd *remote, 
 {
     int puts_off = rc == -EAGAIN && remote->has_events;
 
-    worker->is_put_off |= puts_off;
+    worker->n_put_off += (uint32_t)puts_off;
     worker->is_answered |= !puts_off;
     return puts_off;
 }

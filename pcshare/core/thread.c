@@ -52,9 +52,9 @@ void thread_be_prompt(void)
 {
     struct scheduling scheduling = {.size = sizeof(scheduling)};
 
+    (void)prctl(PR_SET_TIMERSLACK, prompt_timer_slack_ns);
     if (syscall(SYS_sched_getattr, 0, &scheduling, sizeof(scheduling), 0) < 0 || scheduling.policy != SCHED_OTHER)
         return;
-    (void)prctl(PR_SET_TIMERSLACK, prompt_timer_slack_ns);
     scheduling.runtime_ns = prompt_slice_ns;
     (void)syscall(SYS_sched_setattr, 0, &scheduling, 0);
 }

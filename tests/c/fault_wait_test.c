@@ -15,7 +15,8 @@
 #include "remote_fd.h"
 
 enum { MANY = 20000, NEAR_NS = 20000, FAR_NS = 2000000, LOOK_NS = 1000 };
-enum { CPUS = 2, FEW_THREADS = 4, CROWD_THREADS = 5, HELPERS = 12, FAULT_NS = 8000, FAULTS = 100, NEVER = -1 };
+enum { CPUS = 2, FEW_THREADS = 4, CROWD_THREADS = 5, HELPERS = CROWDS_RESTING_MAX + 4, STEADY = HELPERS - 1 };
+enum { FAULT_NS = 8000, FAULTS = 100, NEVER = -1 };
 
 #define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
 
@@ -26,7 +27,7 @@ static void fail(const char *what, int line)
 }
 
 static uint64_t now_ns, event_ns, event_data;
-static int poll_fd = 3, polls_channels = 1, sleeps, looks, is_polled[HELPERS], is_gone[HELPERS], n_held;
+static int poll_fd = 3, sleeps, looks, is_polled[HELPERS], is_gone[HELPERS], n_held;
 static struct remote_fd helpers[HELPERS];
 
 uint64_t clock_ns(void)
@@ -41,12 +42,6 @@ struct served_block *served_block_of(struct fault_threads *ft, const struct ramb
     (void)ft;
     (void)block;
     return &served;
-}
-
-int polls_anywhere(const struct fault_worker *worker)
-{
-    (void)worker;
-    return polls_channels;
 }
 
 int page_channel_poll_fd(struct page_channel *channel)
@@ -73,15 +68,15 @@ void remote_fd_put(struct remote_fd *remote)
 void change_polling(struct fault_worker *worker, struct remote_fd *remote, int polls)
 {
     (void)worker;
-    CHECK(polls == 0);
-    is_polled[remote->id] = 0;
+    CHECK(!is_gone[remote->id]);
+    is_polled[remote->id] = polls;
 }
 
-void home_poll_again(struct fault_worker *worker, struct remote_fd *remote)
+int is_beside_others(const struct fault_threads *ft, uint64_t now)
 {
-    (void)worker;
-    CHECK(!is_gone[remote->id]);
-    is_polled[remote->id] = 1;
+    (void)ft;
+    (void)now;
+    return 1;
 }
 
 int ppoll(struct pollfd *polled, nfds_t n, const struct timespec *timeout, const __sigset_t *mask)
@@ -158,7 +153,8 @@ static void source_whose_answers_are_not_polled_for_is_not_looked_for(void)
     poll_fd = -1;
     CHECK(ask_and_wait(NEAR_NS) == 0 && sleeps == 1);
     poll_fd = 3;
-    polls_channels = 0; /* others do */
+    threads.n_workers = 8; /* others do */
+    worker.number = 1;
     CHECK(ask_and_wait(NEAR_NS) == 0 && sleeps == 1);
 }
 
@@ -195,21 +191,26 @@ static void other_events_teach_nothing(void)
 
 /* ---- crowds ---- */
 
+static int has_steady = 1;
+
 static void begin_crowds(void)
 {
     threads.demand_in_flight = 0;
     now_ns = 1000000000;
     for (uint32_t i = 0; i < HELPERS; i++) {
-        helpers[i] = (struct remote_fd){.id = i};
+        helpers[i] = (struct remote_fd){.id = i, .home_cpu = -1};
         is_polled[i] = 1;
     }
 }
 
-/* A thread of the helper has faulted, and something else is there already. Whether it was answered. */
+/* A thread of the helper has faulted, beside one that faults now and then, and something else is there already. Whether
+ * it was answered. */
 static int fault(struct remote_fd *helper, uint32_t tid)
 {
     struct epoll_event events[4];
 
+    if (has_steady)
+        crowd_note_fault(&threads, &helpers[STEADY], 7, now_ns);
     event_data = (uint64_t)POLL_UFFD << POLL_KIND_SHIFT;
     event_ns = now_ns;
     CHECK(wait_for_events(&worker, events, 4) == 1);
@@ -218,6 +219,7 @@ static int fault(struct remote_fd *helper, uint32_t tid)
         return 0;
     now_ns += FAULT_NS;
     crowd_note_fault(&threads, helper, tid, now_ns);
+    crowd_note_answered(&worker, helper, now_ns - FAULT_NS);
     return 1;
 }
 
@@ -263,6 +265,32 @@ static void crowd_rests_after_its_turn(void)
     sleep_for(NEVER);
     now_ns += 200000000; /* much later it may be none */
     CHECK(!is_crowd(&helpers[1], now_ns) && !has_crowd(&threads, now_ns));
+}
+
+static void crowds_do_not_rest_among_themselves(void)
+{
+    begin_crowds();
+    has_steady = 0;
+    for (int i = 0; i < 4; i++) { /* until what they did before they were crowds counts no more */
+        be_crowd(&helpers[1]);
+        be_crowd(&helpers[2]);
+        now_ns += 50000000;
+    }
+    CHECK(faults_in_a_row(&helpers[1], CROWD_THREADS) == FAULTS);
+    crowd_note_fault(&threads, &helpers[STEADY], 7, now_ns);
+    CHECK(faults_in_a_row(&helpers[2], CROWD_THREADS) == 0);
+}
+
+static void what_others_take_is_not_a_crowds_turn(void)
+{
+    begin_crowds();
+    be_crowd(&helpers[1]);
+    for (int i = 0; i < 3; i++) {
+        CHECK(fault(&helpers[1], 1000));
+        CHECK(faults_in_a_row(&helpers[2], 1) == FAULTS);
+    }
+    be_crowd(&helpers[1]);
+    CHECK(faults_in_a_row(&helpers[1], CROWD_THREADS) < 3);
 }
 
 static void few_threads_never_rest(void)
@@ -322,8 +350,8 @@ static void more_crowds_than_are_kept_go_on(void)
         be_crowd(&helpers[i]);
     (void)faults_in_a_row(&helpers[0], CROWD_THREADS);
     for (int i = 1; i < CROWDS_RESTING_MAX; i++)
-        CHECK(faults_in_a_row(&helpers[i], CROWD_THREADS) == 0 && !is_polled[i]);
-    CHECK(fault(&helpers[CROWDS_RESTING_MAX], 1000) && is_polled[CROWDS_RESTING_MAX]);
+        CHECK(crowd_must_rest(&worker, &helpers[i], now_ns) && !is_polled[i]);
+    CHECK(!crowd_must_rest(&worker, &helpers[CROWDS_RESTING_MAX], now_ns) && is_polled[CROWDS_RESTING_MAX]);
     sleep_for(NEVER);
     sleep_for(FAULT_NS);
     for (int i = 0; i < HELPERS; i++)
@@ -342,6 +370,55 @@ static void who_goes_while_it_rests_is_forgotten(void)
     sleep_for(NEVER);
     CHECK(fault(&helpers[3], 7)); /* which ends the rest */
     CHECK(!is_polled[1] && is_polled[2] && worker.n_resting == 0 && n_held == 0);
+}
+
+static void who_has_another_home_meanwhile_is_not_polled_again(void)
+{
+    struct fault_worker *workers = threads.workers;
+
+    begin_crowds();
+    threads.n_workers = 2;
+    workers[1].cpu = worker.cpu + 1;
+    for (int i = 1; i <= 3; i++)
+        be_crowd(&helpers[i]);
+    (void)faults_in_a_row(&helpers[1], CROWD_THREADS);
+    CHECK(crowd_must_rest(&worker, &helpers[2], now_ns) && crowd_must_rest(&worker, &helpers[3], now_ns));
+    helpers[1].home_cpu = workers[1].cpu;
+    helpers[2].home_cpu = worker.cpu;
+    helpers[3].home_cpu = workers[1].cpu;
+    helpers[3].home_moves = 1; /* to where it is not known: rather polled twice than never */
+    sleep_for(NEVER);
+    CHECK(fault(&helpers[4], 7));
+    CHECK(!is_polled[1] && is_polled[2] && is_polled[3]);
+    CHECK(!helpers[1].home_moves && !helpers[2].home_moves && helpers[3].home_moves);
+}
+
+static void nobody_looks_for_an_answer_while_a_crowd_rests(void)
+{
+    begin_crowds();
+    be_crowd(&helpers[1]);
+    (void)faults_in_a_row(&helpers[1], CROWD_THREADS);
+    threads.demand_in_flight = 1;
+    wait_note_fault(&worker, &remote);
+    looks = sleeps = 0;
+    CHECK(sleep_for(NEVER) > 0 && sleeps == 1 && looks == 1); /* that one when it wakes */
+}
+
+static void crowd_is_drained_now_and_then(void)
+{
+    begin_crowds();
+    CHECK(!crowd_must_drain(&helpers[1], now_ns));
+    be_crowd(&helpers[1]);
+    CHECK(crowd_must_drain(&helpers[1], now_ns));
+    for (uint32_t n = 0; n < 300; n += 50) {
+        uint64_t begin_ns = now_ns;
+
+        crowd_note_drained(&helpers[1], now_ns, n);
+        for (; !crowd_must_drain(&helpers[1], now_ns); now_ns += 1000000)
+            be_crowd(&helpers[1]);
+        CHECK(now_ns - begin_ns >= 10000000 && now_ns - begin_ns >= n * 1000000ull);
+        CHECK(now_ns - begin_ns <= 10000000 + n * 1000000ull);
+    }
 }
 
 #define CASE(name) {#name, name}
@@ -364,6 +441,11 @@ static const struct {
     CASE(rest_ends_with_others_events_coming),
     CASE(more_crowds_than_are_kept_go_on),
     CASE(who_goes_while_it_rests_is_forgotten),
+    CASE(crowds_do_not_rest_among_themselves),
+    CASE(what_others_take_is_not_a_crowds_turn),
+    CASE(who_has_another_home_meanwhile_is_not_polled_again),
+    CASE(nobody_looks_for_an_answer_while_a_crowd_rests),
+    CASE(crowd_is_drained_now_and_then),
 };
 
 int main(int argc, char **argv)
