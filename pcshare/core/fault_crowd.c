@@ -1,4 +1,4 @@
-/* fault_crowd: a helper with many threads in faults, beside others that fault: more than two for each CPU.
+/* fault_crowd: a helper with more threads in faults than there are CPUs, beside others that fault.
  *
  * Each answer makes a thread runnable. Where answers come at once the threads of a crowd fill the run queues, and what
  * another helper waits for comes too late: the fault thread's turn, and then its own. So beside helpers that are no
@@ -12,8 +12,7 @@
 #include "fault_internal.h"
 
 enum {
-    CROWD_THREADS_A_CPU = 2, /* more than that */
-    CROWD_TID_BITS = 64,     /* threads are counted by so many numbers: with 32 CPUs and more nobody is a crowd */
+    CROWD_TID_BITS = 64, /* threads are counted by so many numbers: with as many CPUs nobody is a crowd */
 };
 static const uint64_t window_ns = 10000000; /* in which they are counted */
 static const uint64_t lasts_ns = 100000000; /* since so many were counted, or since one that is no crowd faulted */
@@ -39,7 +38,7 @@ void crowd_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32
         __atomic_store_n(&remote->crowd_threads, 0, __ATOMIC_RELAXED);
     }
     uint64_t threads = __atomic_or_fetch(&remote->crowd_threads, 1ull << tid % CROWD_TID_BITS, __ATOMIC_RELAXED);
-    if ((uint32_t)__builtin_popcountll(threads) > CROWD_THREADS_A_CPU * ft->n_cpus) {
+    if ((uint32_t)__builtin_popcountll(threads) > ft->n_cpus) {
         __atomic_store_n(&remote->crowd_until_ns, now_ns + lasts_ns, __ATOMIC_RELAXED);
         __atomic_store_n(&ft->crowd_until_ns, now_ns + lasts_ns, __ATOMIC_RELAXED);
     } else if (!is_crowd(remote, now_ns)) {

@@ -15,7 +15,7 @@
 #include "remote_fd.h"
 
 enum { MANY = 20000, NEAR_NS = 20000, FAR_NS = 2000000, LOOK_NS = 1000 };
-enum { CPUS = 2, FEW_THREADS = 4, CROWD_THREADS = 5, HELPERS = CROWDS_RESTING_MAX + 4, STEADY = HELPERS - 1 };
+enum { CPUS = 2, FEW_THREADS = 2, CROWD_THREADS = 5, HELPERS = CROWDS_RESTING_MAX + 4, STEADY = HELPERS - 1 };
 enum { FAULT_NS = 8000, FAULTS = 100, NEVER = -1 };
 
 #define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
@@ -307,7 +307,7 @@ static void threads_that_fault_seldom_are_no_crowd(void)
     begin_crowds();
     for (uint32_t i = 0; i < FAULTS; i++) {
         crowd_note_fault(&threads, &helpers[1], 1000 + i, now_ns);
-        now_ns += 3000000;
+        now_ns += 6000000;
         CHECK(!is_crowd(&helpers[1], now_ns));
     }
 }
