@@ -33,6 +33,7 @@ int stream_init(struct fault_threads *ft)
     pthread_cond_init(&s->wake, &monotonic);
     pthread_condattr_destroy(&monotonic);
     s->ranges_tail = &s->ranges;
+    s->completed_tail = &s->completed;
     uint8_t *buffers = mmap(NULL, (size_t)STREAM_BUFFER_BYTES * STREAM_WINDOW, PROT_READ | PROT_WRITE,
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (buffers == MAP_FAILED)
@@ -155,12 +156,18 @@ static int is_busy(struct fault_threads *ft, struct served_block *served)
     return young_pieces_of_block(&ft->stream, served->block) >= served->stream_window;
 }
 
-static uint64_t pages_under_way(const struct stream *s, const struct ramblock *block)
+/* What the block's source still owes. */
+static uint32_t pieces_under_way(const struct stream *s, const struct ramblock *block, uint64_t *pagesp)
 {
-    uint64_t n = 0;
+    uint32_t n = 0;
 
-    for (uint32_t i = 0; i < STREAM_WINDOW; i++)
-        n += s->pieces[i].block == block ? s->pieces[i].request.n_pages : 0;
+    *pagesp = 0;
+    for (uint32_t i = 0; i < STREAM_WINDOW; i++) {
+        if (s->pieces[i].block != block || s->pieces[i].is_answered)
+            continue;
+        n++;
+        *pagesp += s->pieces[i].request.n_pages;
+    }
     return n;
 }
 
@@ -183,9 +190,10 @@ uint64_t stream_room_for_small(struct fault_threads *ft, struct served_block *se
     if (has_range(s, served->block))
         return 0;
     uint32_t most_pieces = served->stream_window_max < SMALL_PIECES ? SMALL_PIECES : served->stream_window_max;
-    if (__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE) || pieces_of_block(s, served->block) >= most_pieces)
+    uint64_t under_way, limit = served->stream_window * most;
+    if (__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE) ||
+        pieces_under_way(s, served->block, &under_way) >= most_pieces)
         return 0;
-    uint64_t under_way = pages_under_way(s, served->block), limit = served->stream_window * most;
     uint64_t room = under_way < limit ? limit - under_way : 0;
     return room < most ? room : most;
 }
@@ -376,8 +384,10 @@ static void piece_done(struct page_request *request, int result)
 
     pthread_mutex_lock(&s->lock);
     piece->result = result;
-    piece->next = s->completed;
-    s->completed = piece;
+    piece->is_answered = 1;
+    piece->next = NULL;
+    *s->completed_tail = piece;
+    s->completed_tail = &piece->next;
     pthread_cond_broadcast(&s->wake);
     pthread_mutex_unlock(&s->lock);
 }
@@ -485,7 +495,7 @@ static void release_piece(struct fault_threads *ft, struct stream_piece *piece)
     widen_window(served);
     if (piece->is_replay)
         stream_replay_answered(served);
-    piece->is_replay = piece->is_ahead = 0; /* whoever claims it next sets what it is */
+    piece->is_replay = piece->is_ahead = piece->is_answered = 0; /* whoever claims it next sets what it is */
     piece->block = NULL;
     s->in_flight--;
     pthread_cond_broadcast(&s->wake); /* for whoever drops its block */
@@ -550,6 +560,13 @@ static void wait_for_work(struct stream *s, uint64_t wait_ns)
     pthread_cond_timedwait(&s->wake, &s->lock, &until);
 }
 
+/* A replay's small pieces come many at a time: the next are under way before these are placed, else who reads what was
+ * placed is through with it before. */
+static int refills(struct fault_threads *ft)
+{
+    return ft->stream.replays && !ft->stream.quit && issue_piece(ft) == 0;
+}
+
 static void *stream_run(void *argument)
 {
     struct fault_threads *ft = argument;
@@ -558,9 +575,13 @@ static void *stream_run(void *argument)
     thread_step_back();
     pthread_mutex_lock(&s->lock);
     while (!s->quit || s->in_flight) {
+        if (s->completed && refills(ft))
+            continue;
         struct stream_piece *piece = s->completed;
         if (piece) {
             s->completed = piece->next;
+            if (!s->completed)
+                s->completed_tail = &s->completed;
             pthread_mutex_unlock(&s->lock);
             finish_piece(ft, piece);
             pthread_mutex_lock(&s->lock);

@@ -17,7 +17,7 @@
 
 enum {
     STREAM_BUFFER_BYTES = 2 << 20, /* a piece, or one page of the largest size */
-    STREAM_WINDOW = 16,            /* pieces in flight, of all blocks; a channel says how many of one */
+    STREAM_WINDOW = 64,            /* pieces in flight, of all blocks; a channel says how many of one */
     STREAM_RATE_PIECES = 50,       /* under a rate limit a piece is this part of a second's bytes at most */
 };
 
@@ -39,6 +39,7 @@ struct stream_piece {
     int is_old; /* with a fault timeout: longer under way than that; others are asked for beside it */
     uint64_t late_start, late_end; /* of its pages: somebody has waited too long, which has been told; 0, 0: none */
     int is_replay;
+    int is_answered; /* in completed */
 };
 
 struct stream {
@@ -55,7 +56,8 @@ struct stream {
     uint32_t in_flight;
     int submitting; /* outside the lock, on the way to a channel, or looking for what takes too long */
     struct stream_piece pieces[STREAM_WINDOW];
-    struct stream_piece *completed;
+    struct stream_piece *completed; /* in the order of the answers: all before it, however fast they come */
+    struct stream_piece **completed_tail;
     struct stream_range *ranges;
     struct stream_range **ranges_tail;
     uint64_t turn; /* counts pieces for ranges */
