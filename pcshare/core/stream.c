@@ -100,13 +100,30 @@ void stream_follow(struct fault_threads *ft, const struct ramblock *block, uint6
     __atomic_store_n(&ft->stream.hint, hint, __ATOMIC_RELAXED);
 }
 
-static uint32_t pieces_of_block(const struct stream *s, const struct ramblock *block)
-{
-    uint32_t n = 0;
+/* Pieces of a block: all; without those that are old, which hang and keep nobody waiting for others; those that its
+ * source still owes, and their pages. */
+struct piece_counts {
+    uint32_t n_all;
+    uint32_t n_young;
+    uint32_t n_owed;
+    uint64_t owed_pages;
+};
 
-    for (uint32_t i = 0; i < STREAM_WINDOW; i++)
-        n += s->pieces[i].block == block;
-    return n;
+static struct piece_counts count_pieces(const struct stream *s, const struct ramblock *block)
+{
+    struct piece_counts counts = {0};
+
+    for (uint32_t i = 0; i < STREAM_WINDOW; i++) {
+        const struct stream_piece *piece = &s->pieces[i];
+
+        if (piece->block != block)
+            continue;
+        counts.n_all++;
+        counts.n_young += !piece->is_old;
+        counts.n_owed += !piece->is_answered;
+        counts.owed_pages += piece->is_answered ? 0 : piece->request.n_pages;
+    }
+    return counts;
 }
 
 void stream_drop_block(struct fault_threads *ft, const struct ramblock *block)
@@ -114,7 +131,7 @@ void stream_drop_block(struct fault_threads *ft, const struct ramblock *block)
     struct stream *s = &ft->stream;
 
     pthread_mutex_lock(&s->lock);
-    while (s->running && pieces_of_block(s, block)) /* first: a piece that fails may leave two ranges */
+    while (s->running && count_pieces(s, block).n_all) /* first: a piece that fails may leave two ranges */
         pthread_cond_wait(&s->wake, &s->lock);
     struct stream_range *list = stream_range_take_block(s, block);
     stream_replay_drop(ft, served_block_of(ft, block));
@@ -134,16 +151,6 @@ static uint64_t pages_of_piece(struct fault_threads *ft, const struct ramblock *
     return bytes > block->page_size ? bytes / block->page_size : 1;
 }
 
-/* What is old does not count: pieces that hang keep nobody waiting for others. */
-static uint32_t young_pieces_of_block(const struct stream *s, const struct ramblock *block)
-{
-    uint32_t n = 0;
-
-    for (uint32_t i = 0; i < STREAM_WINDOW; i++)
-        n += s->pieces[i].block == block && !s->pieces[i].is_old;
-    return n;
-}
-
 /* Whether nothing is to be asked of the block's source now: it is paused, or has as much to do as it takes at once. */
 static int is_busy(struct fault_threads *ft, struct served_block *served)
 {
@@ -153,22 +160,7 @@ static int is_busy(struct fault_threads *ft, struct served_block *served)
         return 1;
     if (__atomic_load_n(&ft->demand_in_flight, __ATOMIC_ACQUIRE))
         served->stream_window = __atomic_load_n(&channel->stream_piece_count_demand, __ATOMIC_RELAXED);
-    return young_pieces_of_block(&ft->stream, served->block) >= served->stream_window;
-}
-
-/* What the block's source still owes. */
-static uint32_t pieces_under_way(const struct stream *s, const struct ramblock *block, uint64_t *pagesp)
-{
-    uint32_t n = 0;
-
-    *pagesp = 0;
-    for (uint32_t i = 0; i < STREAM_WINDOW; i++) {
-        if (s->pieces[i].block != block || s->pieces[i].is_answered)
-            continue;
-        n++;
-        *pagesp += s->pieces[i].request.n_pages;
-    }
-    return n;
+    return count_pieces(&ft->stream, served->block).n_young >= served->stream_window;
 }
 
 /* What helpers asked for comes first, also where its larger pieces do not fit yet. */
@@ -190,11 +182,11 @@ uint64_t stream_room_for_small(struct fault_threads *ft, struct served_block *se
     if (has_range(s, served->block))
         return 0;
     uint32_t most_pieces = served->stream_window_max < SMALL_PIECES ? SMALL_PIECES : served->stream_window_max;
-    uint64_t under_way, limit = served->stream_window * most;
-    if (__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE) ||
-        pieces_under_way(s, served->block, &under_way) >= most_pieces)
+    struct piece_counts counts = count_pieces(s, served->block);
+    if (__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE) || counts.n_owed >= most_pieces)
         return 0;
-    uint64_t room = under_way < limit ? limit - under_way : 0;
+    uint64_t limit = served->stream_window * most;
+    uint64_t room = counts.owed_pages < limit ? limit - counts.owed_pages : 0;
     return room < most ? room : most;
 }
 
@@ -315,7 +307,7 @@ static uint64_t claim_in_block(struct fault_threads *ft, struct served_block *se
 
 static void tell_gaps(struct fault_threads *ft, struct served_block *served)
 {
-    if (served->gaps_told || pieces_of_block(&ft->stream, served->block) ||
+    if (served->gaps_told || count_pieces(&ft->stream, served->block).n_all ||
         !__atomic_load_n(&served->block->status->lost_pages, __ATOMIC_RELAXED))
         return;
     served->gaps_told = 1;
