@@ -19,7 +19,7 @@ static const uint64_t lasts_ns = 100000000; /* since so many were counted, or si
 static const uint64_t turn_ns = 30000;      /* two or three pages from the page cache, and their threads' turns */
 static const uint64_t rest_ns = 40000;
 static const uint64_t drain_ns = 10000000;        /* from one time to the next at least, */
-static const uint64_t drain_a_fault_ns = 1000000; /* and so much for each fault that was put off: it is raised again */
+static const uint64_t drain_a_fault_ns = 1000000; /* and so much for each thread that is woken, and faults again */
 
 int is_crowd(const struct remote_fd *remote, uint64_t now_ns)
 {
@@ -78,14 +78,18 @@ void crowd_end_turn(struct fault_worker *worker)
     worker->crowd_spent_ns = 0;
 }
 
-int crowd_must_drain(const struct remote_fd *remote, uint64_t now_ns)
+int crowd_begin_drain(struct remote_fd *remote, uint64_t now_ns)
 {
-    return is_crowd(remote, now_ns) && now_ns >= __atomic_load_n(&remote->crowd_drain_ns, __ATOMIC_RELAXED);
+    uint64_t due_ns = __atomic_load_n(&remote->crowd_drain_ns, __ATOMIC_RELAXED);
+
+    return is_crowd(remote, now_ns) && now_ns >= due_ns &&
+           __atomic_compare_exchange_n(&remote->crowd_drain_ns, &due_ns, now_ns + drain_ns, 0, __ATOMIC_RELAXED,
+                                       __ATOMIC_RELAXED);
 }
 
-void crowd_note_drained(struct remote_fd *remote, uint64_t now_ns, uint32_t n_put_off)
+void crowd_end_drain(struct remote_fd *remote, uint64_t now_ns, uint32_t n_woken)
 {
-    uint64_t pause_ns = n_put_off * drain_a_fault_ns;
+    uint64_t pause_ns = n_woken * drain_a_fault_ns;
 
     __atomic_store_n(&remote->crowd_drain_ns, now_ns + (pause_ns > drain_ns ? pause_ns : drain_ns), __ATOMIC_RELAXED);
 }

@@ -1,12 +1,12 @@
-/* fault_follow: the uffd of a writable helper, which says not only where it faults but also what it does to its mapping:
- * pages that it removes (MADV_REMOVE), unmaps, moves (mremap).
+/* fault_follow: the uffd of a writable helper, which says not only where it faults but also what it does to its
+ * mapping: pages that it removes (MADV_REMOVE), unmaps, moves (mremap).
  *
  * The helper goes on when its event is read. So reading, and all that must be true when it goes on (which pages count
  * as received, which address shows which page), happens behind the block's closed gate (place_gate.h); waking and
  * asking come after. Some facts about these events that shaped it:
  *  - REMOVE comes before pages are removed, and for MADV_DONTNEED too, with nothing to tell them apart;
- *  - UNMAP and REMAP come when it is done; a move is REMAP, then UNMAP of where it was, or REMAP alone if it stays there
- * (MREMAP_DONTUNMAP). So REMAP adds, UNMAP takes away;
+ *  - UNMAP and REMAP come when it is done; a move is REMAP, then UNMAP of where it was, or REMAP alone if it stays
+ * there (MREMAP_DONTUNMAP). So REMAP adds, UNMAP takes away;
  *  - faults are handed out before events: one at a new address may come before the REMAP that explains it.
  */
 #include "fault_internal.h"
@@ -19,6 +19,8 @@
 #include "remote_maps.h"
 #include "trace.h"
 #include "uffd.h"
+
+enum { DRAIN_READS_MAX = 64 };
 
 /* What one message asks for once the gate is open. */
 struct errand {
@@ -69,7 +71,8 @@ static void keep_maps(const struct fault_threads *ft, const struct remote_fd *re
     struct kept_maps kept;
     off_t at = (off_t)remote->kept_slot * (off_t)sizeof(kept);
 
-    if (ft->maps_fd < 0 || pread(ft->maps_fd, &kept, sizeof(kept), at) < (ssize_t)sizeof(kept) - (ssize_t)sizeof(kept.maps))
+    if (ft->maps_fd < 0 ||
+        pread(ft->maps_fd, &kept, sizeof(kept), at) < (ssize_t)sizeof(kept) - (ssize_t)sizeof(kept.maps))
         return;
     kept.n_maps = remote_maps_describe(remote->maps, kept.maps);
     (void)!pwrite(ft->maps_fd, &kept, sizeof(kept), at); /* the record is there: no memory is needed */
@@ -80,13 +83,30 @@ static int changes_maps(const struct uffd_message *message)
     return message->event == UFFD_MESSAGE_REMAP || message->event == UFFD_MESSAGE_UNMAP;
 }
 
-/* Faults whose addresses nothing explained yet, when all that was read has been settled. */
-static void settle_faults_again(struct remote_fd *remote, const struct uffd_message *messages, struct errand *errands,
-                                int n)
+/* Reads most messages and settles them, after n that were. How many there are then, or why there are none. */
+static int read_and_settle(struct remote_fd *remote, struct uffd_message *messages, struct errand *errands, int n,
+                           uint32_t most)
 {
-    for (int i = 0; i < n; i++)
-        if (messages[i].event == UFFD_MESSAGE_PAGEFAULT && errands[i].error)
-            settle(remote, &messages[i], &errands[i]);
+    int more = uffd_read(remote->uffd, messages + n, most);
+
+    for (int i = n; i < n + more; i++)
+        settle(remote, &messages[i], &errands[i]);
+    return n > 0 && more < 0 ? n : n + more;
+}
+
+/* Faults whose addresses nothing explained yet, when all that was read has been settled. Whether some are left. */
+static int settle_faults_again(struct remote_fd *remote, const struct uffd_message *messages, struct errand *errands,
+                               int n)
+{
+    int n_left = 0;
+
+    for (int i = 0; i < n; i++) {
+        if (messages[i].event != UFFD_MESSAGE_PAGEFAULT || !errands[i].error)
+            continue;
+        settle(remote, &messages[i], &errands[i]);
+        n_left += errands[i].error != 0;
+    }
+    return n_left;
 }
 
 /* ---- when it is open again ---- */
@@ -113,7 +133,7 @@ static void lift_what_was_left(struct fault_threads *ft, struct remote_fd *remot
         lift_poison(ft, remote->block, 0, remote->block->page_count);
 }
 
-/* Reads and acts once. Whether it met nothing but faults, behind which an event may wait. */
+/* Reads and acts once. Whether an event may wait behind what it met: behind faults alone; of a crowd, behind others. */
 static int follow_once(struct fault_worker *worker, struct remote_fd *remote, uint32_t most)
 {
     struct uffd_message messages[UFFD_READ_MAX];
@@ -122,10 +142,11 @@ static int follow_once(struct fault_worker *worker, struct remote_fd *remote, ui
     int faults_alone = 1;
 
     place_gate_close(remote->block->gate);
-    int n = uffd_read(remote->uffd, messages, most);
-    for (int i = 0; i < n; i++)
-        settle(remote, &messages[i], &errands[i]);
-    settle_faults_again(remote, messages, errands, n);
+    int n = read_and_settle(remote, messages, errands, 0, most);
+    if (settle_faults_again(remote, messages, errands, n) && n < UFFD_READ_MAX) { /* what explains them may come next */
+        n = read_and_settle(remote, messages, errands, n, UFFD_READ_MAX - (uint32_t)n);
+        (void)settle_faults_again(remote, messages, errands, n);
+    }
     for (int i = 0; i < n; i++)
         if (changes_maps(&messages[i]))
             keep_maps(worker->ft, remote);
@@ -143,25 +164,36 @@ static int follow_once(struct fault_worker *worker, struct remote_fd *remote, ui
         home_note_fault(worker->ft, remote, faulted);
     if (n > 0)
         lift_what_was_left(worker->ft, remote);
-    return n > 0 && faults_alone;
+    return n > 0 && (faults_alone || worker->drains);
+}
+
+/* All that waits is read, and no fault answered, for a while at most: others wake its threads meanwhile. */
+static void drain(struct fault_worker *worker, struct remote_fd *remote, uint64_t now_ns)
+{
+    worker->drains = 1;
+    for (int i = 0; i < DRAIN_READS_MAX && !__atomic_load_n(&remote->disabled, __ATOMIC_ACQUIRE); i++)
+        if (!follow_once(worker, remote, UFFD_READ_MAX))
+            break;
+    worker->drains = 0;
+    crowd_end_drain(remote, now_ns, worker->n_put_off + demand_count(worker->ft, remote));
 }
 
 /* Where faults had to be put off, an event waits behind them, or behind others: all are read until it comes or nothing
- * is in its way any more. So it is when a crowd is drained, behind whose faults one may wait. That is no longer than the
- * helper has threads, as nobody is woken meanwhile; so each other helper waits no longer than that, and they need not be
- * read one by one. Who was put off then faults again. */
+ * is in its way any more. That is no longer than the helper has threads, as this worker wakes nobody meanwhile; so each
+ * other helper waits no longer than that, and they need not be read one by one. Who was put off then faults again. */
 void follow_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t most, uint64_t now_ns)
 {
     worker->n_put_off = 0;
     worker->is_answered = 0;
-    worker->drains = crowd_must_drain(remote, now_ns);
-    int goes_on = follow_once(worker, remote, worker->drains ? UFFD_READ_MAX : most);
-    while (goes_on && worker->n_put_off && !worker->is_answered)
-        goes_on = follow_once(worker, remote, UFFD_READ_MAX);
+    if (crowd_begin_drain(remote, now_ns)) {
+        drain(worker, remote, now_ns);
+    } else {
+        int goes_on = follow_once(worker, remote, most);
+        while (goes_on && worker->n_put_off && !worker->is_answered)
+            goes_on = follow_once(worker, remote, UFFD_READ_MAX);
+    }
     if (worker->n_put_off)
         (void)uffd_wake_all(remote->uffd);
-    if (worker->drains)
-        crowd_note_drained(remote, now_ns, worker->n_put_off);
     ahead_bring(worker, remote);
 }
 

@@ -201,9 +201,10 @@ int crowd_must_rest(struct fault_worker *worker, struct remote_fd *remote, uint6
 void crowd_note_answered(struct fault_worker *worker, const struct remote_fd *remote, uint64_t since_ns);
 /* The worker is about to sleep, or the rest is over: all are polled. */
 void crowd_end_turn(struct fault_worker *worker);
-/* Whether all is to be read that waits on the uffd, and its faults put off, since events may wait behind them. */
-int crowd_must_drain(const struct remote_fd *remote, uint64_t now_ns);
-void crowd_note_drained(struct remote_fd *remote, uint64_t now_ns, uint32_t n_put_off);
+/* Whether all is to be read now that waits on the uffd, and its faults put off, since events may wait behind them. By
+ * one worker at a time, which says how many threads it woke. */
+int crowd_begin_drain(struct remote_fd *remote, uint64_t now_ns);
+void crowd_end_drain(struct remote_fd *remote, uint64_t now_ns, uint32_t n_woken);
 
 /* fault_ahead.c */
 /* Notes a fault on a missing page: what is to be brought besides it. */

@@ -82,7 +82,7 @@ static struct page_span waited_part(const struct stream *s, const struct stream_
 /* Under the stream's lock: whether somebody waits too long for a part of it that has not been told. */
 static int is_newly_late(const struct stream *s, struct stream_piece *piece, uint64_t then_ns, struct page_span *partp)
 {
-    if (!piece->block || piece->asked_ns > then_ns)
+    if (!piece->block || piece->is_answered || piece->asked_ns > then_ns)
         return 0;
     piece->is_old = 1;
     *partp = waited_part(s, piece);

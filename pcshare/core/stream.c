@@ -14,7 +14,9 @@
 #include "trace.h"
 
 enum { HINT_BLOCK_SHIFT = 48 };
-enum { SMALL_PIECES = STREAM_WINDOW * 3 / 4 }; /* of one block; the other buffers are for what else is to be asked for */
+/* Small pieces of one block that its source owes; and with those that are answered and not placed, so that buffers are
+ * left for what else is to be asked for. */
+enum { SMALL_PIECES = 48, SMALL_PIECES_ALL = 56 };
 enum { ISSUED = 0, NOTHING_TO_ASK = 1 };
 static const uint64_t look_again_ns = 1; /* the lock is opened, and no more */
 static const uint64_t forever_ns = UINT64_MAX;
@@ -38,6 +40,7 @@ int stream_init(struct fault_threads *ft)
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (buffers == MAP_FAILED)
         return -errno;
+    (void)madvise(buffers, (size_t)STREAM_BUFFER_BYTES * STREAM_WINDOW, MADV_NOHUGEPAGE); /* many hold a few pages */
     for (uint32_t i = 0; i < STREAM_WINDOW; i++) {
         s->pieces[i].ft = ft;
         s->pieces[i].request.bytes = buffers + (size_t)i * STREAM_BUFFER_BYTES;
@@ -100,13 +103,11 @@ void stream_follow(struct fault_threads *ft, const struct ramblock *block, uint6
     __atomic_store_n(&ft->stream.hint, hint, __ATOMIC_RELAXED);
 }
 
-/* Pieces of a block: all; without those that are old, which hang and keep nobody waiting for others; those that its
- * source still owes, and their pages. */
+/* Pieces of a block: all, and their pages; without those that are old, which hang and keep nobody waiting for others,
+ * of those the ones of a replay; those that its source still owes, and their pages. */
 struct piece_counts {
-    uint32_t n_all;
-    uint32_t n_young;
-    uint32_t n_owed;
-    uint64_t owed_pages;
+    uint32_t n_all, n_young, n_young_replay, n_owed;
+    uint64_t pages, owed_pages;
 };
 
 static struct piece_counts count_pieces(const struct stream *s, const struct ramblock *block)
@@ -119,7 +120,9 @@ static struct piece_counts count_pieces(const struct stream *s, const struct ram
         if (piece->block != block)
             continue;
         counts.n_all++;
+        counts.pages += piece->request.n_pages;
         counts.n_young += !piece->is_old;
+        counts.n_young_replay += !piece->is_old && piece->is_replay;
         counts.n_owed += !piece->is_answered;
         counts.owed_pages += piece->is_answered ? 0 : piece->request.n_pages;
     }
@@ -151,16 +154,18 @@ static uint64_t pages_of_piece(struct fault_threads *ft, const struct ramblock *
     return bytes > block->page_size ? bytes / block->page_size : 1;
 }
 
-/* Whether nothing is to be asked of the block's source now: it is paused, or has as much to do as it takes at once. */
-static int is_busy(struct fault_threads *ft, struct served_block *served)
+/* Whether nothing is to be asked of the block's source now: it is paused, or has as much to do as it takes at once.
+ * What helpers asked for waits for no replay. */
+static int is_busy(struct fault_threads *ft, struct served_block *served, int is_for_range)
 {
     const struct page_channel *channel = served->channel;
+    struct piece_counts counts = count_pieces(&ft->stream, served->block);
 
     if (__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE))
         return 1;
     if (__atomic_load_n(&ft->demand_in_flight, __ATOMIC_ACQUIRE))
         served->stream_window = __atomic_load_n(&channel->stream_piece_count_demand, __ATOMIC_RELAXED);
-    return count_pieces(&ft->stream, served->block).n_young >= served->stream_window;
+    return counts.n_young - (is_for_range ? counts.n_young_replay : 0) >= served->stream_window;
 }
 
 /* What helpers asked for comes first, also where its larger pieces do not fit yet. */
@@ -177,15 +182,15 @@ uint64_t stream_room_for_small(struct fault_threads *ft, struct served_block *se
     const struct stream *s = &ft->stream;
     uint64_t most = pages_of_piece(ft, served->block, 0);
 
-    if (!is_busy(ft, served))
+    if (!is_busy(ft, served, 0))
         return most;
     if (has_range(s, served->block))
         return 0;
-    uint32_t most_pieces = served->stream_window_max < SMALL_PIECES ? SMALL_PIECES : served->stream_window_max;
     struct piece_counts counts = count_pieces(s, served->block);
-    if (__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE) || counts.n_owed >= most_pieces)
-        return 0;
     uint64_t limit = served->stream_window * most;
+    if (__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE) || counts.n_owed >= SMALL_PIECES ||
+        counts.n_all >= SMALL_PIECES_ALL || counts.pages >= 2 * limit)
+        return 0;
     uint64_t room = counts.owed_pages < limit ? limit - counts.owed_pages : 0;
     return room < most ? room : most;
 }
@@ -233,7 +238,7 @@ static struct stream_range *next_range(struct fault_threads *ft)
 
     for (struct stream_range *range = ft->stream.ranges; range; range = range->next)
         if (range->issue < range->end && (!next || comes_before(range, next)) &&
-            !is_busy(ft, served_block_of(ft, range->block)))
+            !is_busy(ft, served_block_of(ft, range->block), 1))
             next = range;
     return next;
 }
@@ -325,7 +330,7 @@ static int claim_for_background(struct fault_threads *ft, struct stream_piece *p
 
         /* What a source pushes comes by itself. */
         int over = !served || served->pushes || __atomic_load_n(&served->complete, __ATOMIC_ACQUIRE);
-        if (!over && !is_busy(ft, served))
+        if (!over && !is_busy(ft, served, 0))
             n = claim_in_block(ft, served, &first);
         if (n) {
             piece->block = served->block;
@@ -553,10 +558,14 @@ static void wait_for_work(struct stream *s, uint64_t wait_ns)
 }
 
 /* A replay's small pieces come many at a time: the next are under way before these are placed, else who reads what was
- * placed is through with it before. */
-static int refills(struct fault_threads *ft)
+ * placed is through with it before. Not of a source that fails, and not so often that nothing is placed. */
+static void refill(struct fault_threads *ft)
 {
-    return ft->stream.replays && !ft->stream.quit && issue_piece(ft) == 0;
+    struct stream *s = &ft->stream;
+
+    for (uint32_t i = 0; i < STREAM_WINDOW && s->replays && !s->quit && s->completed->result >= 0; i++)
+        if (issue_piece(ft))
+            break;
 }
 
 static void *stream_run(void *argument)
@@ -567,8 +576,9 @@ static void *stream_run(void *argument)
     thread_step_back();
     pthread_mutex_lock(&s->lock);
     while (!s->quit || s->in_flight) {
-        if (s->completed && refills(ft))
-            continue;
+        uint64_t look_ns = timeout_look(ft);
+        if (s->completed)
+            refill(ft);
         struct stream_piece *piece = s->completed;
         if (piece) {
             s->completed = piece->next;
@@ -580,7 +590,7 @@ static void *stream_run(void *argument)
             release_piece(ft, piece);
             continue;
         }
-        uint64_t look_ns = timeout_look(ft), wait_ns = s->quit ? forever_ns : issue_piece(ft);
+        uint64_t wait_ns = s->quit ? forever_ns : issue_piece(ft);
         if (wait_ns && !s->completed)
             wait_for_work(s, wait_ns < look_ns ? wait_ns : look_ns);
     }

@@ -23,7 +23,7 @@ void stream_replay_drop(struct fault_threads *ft, struct served_block *served);
 
 /* stream.c */
 /* How many pages the block's source may be asked for now; 0: none, as it is paused or has enough to do. There may be more
- * small pieces at once than large ones, but no more bytes. */
+ * small pieces at once than large ones, but no more bytes; and no more than twice as many with what is not placed yet. */
 uint64_t stream_room_for_small(struct fault_threads *ft, struct served_block *served);
 
 #endif

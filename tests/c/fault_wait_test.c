@@ -407,14 +407,15 @@ static void nobody_looks_for_an_answer_while_a_crowd_rests(void)
 static void crowd_is_drained_now_and_then(void)
 {
     begin_crowds();
-    CHECK(!crowd_must_drain(&helpers[1], now_ns));
+    CHECK(!crowd_begin_drain(&helpers[1], now_ns));
     be_crowd(&helpers[1]);
-    CHECK(crowd_must_drain(&helpers[1], now_ns));
+    CHECK(crowd_begin_drain(&helpers[1], now_ns));
+    CHECK(!crowd_begin_drain(&helpers[1], now_ns)); /* another worker */
     for (uint32_t n = 0; n < 300; n += 50) {
         uint64_t begin_ns = now_ns;
 
-        crowd_note_drained(&helpers[1], now_ns, n);
-        for (; !crowd_must_drain(&helpers[1], now_ns); now_ns += 1000000)
+        crowd_end_drain(&helpers[1], now_ns, n);
+        for (; !crowd_begin_drain(&helpers[1], now_ns); now_ns += 1000000)
             be_crowd(&helpers[1]);
         CHECK(now_ns - begin_ns >= 10000000 && now_ns - begin_ns >= n * 1000000ull);
         CHECK(now_ns - begin_ns <= 10000000 + n * 1000000ull);
