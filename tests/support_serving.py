@@ -41,6 +41,7 @@ HUGE_PAGE = 2 << 20
 EAGER, LAZY, RATE, PAUSED = range(4)
 WAIT_S = 30.0  # far more than anything here takes; a test that reaches it has failed
 NOBODY = 65534
+CROWD_CPUS_MAX = 64  # of fault_crowd.c: with as many CPUs no helper is a crowd
 
 _libc = ctypes.CDLL(None)
 

@@ -19,13 +19,12 @@ from pcshare.fault_thread import DEMANDS_IN_FLIGHT_MAX, REQUESTS_IN_FLIGHT_MAX
 from pcshare.protocol import AdminOp
 from support import needs, wait_until
 from support_nbd import ScriptedServer, Withheld, nbdkit
-from support_serving import LAZY, PAGE, HelperProcess, Serving, make_file, page_of, serving
+from support_serving import CROWD_CPUS_MAX, LAZY, PAGE, HelperProcess, Serving, make_file, page_of, serving
 
 N_PAGES = 4000
 PAGE_S = 0.02  # what the source takes for a page
 SHARE = 8  # pages of one helper at a file, PAGE_CHANNEL_DEMANDS_OF_ONE
 CROWDS_SHARE = 2  # of a crowd at a near server, NBD_DEMANDS_OF_CROWD_NEAR
-CROWD_CPUS_MAX = 64  # of fault_crowd.c: with as many nobody is a crowd
 FLOOD = 64
 SLACK_PAGES = 4
 TOUCHES = 8

@@ -30,6 +30,7 @@ from pcshare.trace import TraceFile, read_trace
 from support import needs, wait_until
 from support_rig import Rig
 from support_serving import (
+    CROWD_CPUS_MAX,
     EAGER,
     LAZY,
     PAGE,
@@ -48,7 +49,6 @@ N_PAGES = 64
 LENGTH = N_PAGES * PAGE - 100
 MANY_PAGES = 1 << 15
 POLL_UFFD = 1  # of fault_internal.h
-CROWD_CPUS_MAX = 64  # of fault_crowd.c: with as many nobody is a crowd
 STEADY, CROWD = 0, 1  # of Neighbours
 MOVES_PART = 0.03
 DRAIN_S = 0.001  # of fault_crowd.c, for each thread of a crowd: then its events are read
@@ -200,11 +200,11 @@ def test_helper_has_a_home_but_not_beside_a_crowd(runtime_dir: Path, many_pages:
     with serving(f"data={many_pages}", stream_mode=LAZY, fault_threads=2, read_ahead=0) as served:
         both = Neighbours(served)
         both.begin_steady()
-        wait_until(lambda: both.pollers()[0] == 1, "a home")
+        wait_until(lambda: both.pollers()[STEADY] == 1, "a home")
         touched = both.begin_crowd()
-        wait_until(lambda: both.pollers()[0] == 2, "no home beside the crowd")
+        wait_until(lambda: both.pollers()[STEADY] == 2, "no home beside the crowd")
         touched.result()
-        wait_until(lambda: both.pollers()[0] == 1, "a home again")
+        wait_until(lambda: both.pollers()[STEADY] == 1, "a home again")
 
 
 def test_crowd_rests_beside_others_and_loses_nothing(runtime_dir: Path, many_pages: Path) -> None:

@@ -98,8 +98,7 @@ struct fault_worker {
     uint32_t epoch_seen;
     int awaits_answer; /* this and the next two: fault_wait.c's */
     uint32_t skips, skips_left;
-    uint64_t
-        crowd_spent_ns; /* on crowds, since it last slept or let them rest. This and the next three: fault_crowd.c's */
+    uint64_t crowd_spent_ns; /* on crowds, since it last slept or let them rest; this to n_resting: fault_crowd.c's */
     uint64_t crowd_rest_end_ns;
     uint32_t resting[CROWDS_RESTING_MAX]; /* remote fds that it does not poll until then */
     uint32_t n_resting;

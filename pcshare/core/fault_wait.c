@@ -70,15 +70,15 @@ int wait_for_events(struct fault_worker *worker, struct epoll_event *events, int
 
     if (worker->n_resting && clock_ns() >= worker->crowd_rest_end_ns)
         crowd_end_turn(worker);
-    if (worker->n_resting)
-        worker->awaits_answer = 0; /* the CPU is for others now */
+    if (worker->n_resting) { /* no look for an answer: the CPU is for others now */
+        worker->awaits_answer = 0;
+        return sleep_until(worker, events, most, worker->crowd_rest_end_ns);
+    }
     if (worker->awaits_answer && worker->skips_left == 0)
         n = look(worker, events, most);
     else if (worker->awaits_answer)
         worker->skips_left--;
     worker->awaits_answer = 0;
-    if (n == 0 && worker->n_resting)
-        return sleep_until(worker, events, most, worker->crowd_rest_end_ns);
     if (n == 0 && worker->crowd_spent_ns) {
         n = epoll_wait(worker->epoll_fd, events, most, 0);
         if (n == 0)
