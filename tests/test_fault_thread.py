@@ -28,6 +28,7 @@ from pcshare.ramblock import RAMBlock
 from pcshare.status import read_status
 from pcshare.trace import TraceFile, read_trace
 from support import needs, wait_until
+from support_nbd import nbdkit
 from support_rig import Rig
 from support_serving import (
     CROWD_CPUS_MAX,
@@ -48,7 +49,7 @@ from support_serving import (
 N_PAGES = 64
 LENGTH = N_PAGES * PAGE - 100
 MANY_PAGES = 1 << 15
-POLL_UFFD = 1  # of fault_internal.h
+POLL_UFFD, POLL_CHANNEL = 1, 3  # of fault_internal.h
 STEADY, CROWD = 0, 1  # of Neighbours
 MOVES_PART = 0.03
 DRAIN_S = 0.001  # of fault_crowd.c, for each thread of a crowd: then its events are read
@@ -109,15 +110,15 @@ def test_cost_of_a_wake_up_is_measured_between_cpus_that_are_ours() -> None:
         assert caught.value.errno == errno.EINVAL
 
 
-def pollers_of_uffds() -> Counter[int]:
-    """By remote fd's id: how many fault threads poll it, by what the kernel says of their epolls."""
+def pollers_of(kind: int) -> Counter[int]:
+    """By remote fd's id or block's index: how many fault threads poll it, by what the kernel says of their epolls."""
     found: Counter[int] = Counter()
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventpoll]":
                 text = Path(f"/proc/self/fdinfo/{fd}").read_text()
                 for events, data in re.findall(r"events:\s+([0-9a-f]+) data:\s+([0-9a-f]+)", text):
-                    if int(data, 16) >> 32 == POLL_UFFD:
+                    if int(data, 16) >> 32 == kind:
                         found[int(data, 16) & 0xFFFFFFFF] += int(events, 16) & select.EPOLLIN
     return found
 
@@ -130,8 +131,8 @@ def test_few_of_many_threads_poll_for_a_helper_without_a_home(
     with serving(f"data={data_file}", stream_mode=LAZY, fault_threads=n) as served:
         helper = served.helper()
         helper.do("b = attach()")
-        assert set(pollers_of_uffds().values()) == {pollers}
-        assert len(pollers_of_uffds()) == 2  # the coordinator's own, and the helper's
+        assert set(pollers_of(POLL_UFFD).values()) == {pollers}
+        assert len(pollers_of(POLL_UFFD)) == 2  # the coordinator's own, and the helper's
         assert helper.do("read(b, 4096)") == data_file.read_bytes()[PAGE : PAGE + 1]
 
 
@@ -144,14 +145,14 @@ class Neighbours:
         self._ids = self._attach(self.steady, "ro"), self._attach(self.crowd, crowds_mode)
 
     def _attach(self, helper: HelperProcess, mode: str) -> int:
-        before = set(pollers_of_uffds())
+        before = set(pollers_of(POLL_UFFD))
         helper.do(f"b = attach(mode={mode!r})")
-        (added,) = set(pollers_of_uffds()) - before
+        (added,) = set(pollers_of(POLL_UFFD)) - before
         return added
 
     def pollers(self) -> tuple[int, int]:
         """How many fault threads poll for STEADY, and for CROWD."""
-        found = pollers_of_uffds()
+        found = pollers_of(POLL_UFFD)
         assert set(self._ids) <= set(found)
         return found[self._ids[STEADY]], found[self._ids[CROWD]]
 
@@ -193,6 +194,36 @@ def many_pages(tmp_path: Path, rng: random.Random) -> Path:
     """A source, on a machine where a helper can be a crowd and others need not be in its way."""
     needs(None if 1 < len(os.sched_getaffinity(0)) < CROWD_CPUS_MAX else f"2 to {CROWD_CPUS_MAX - 1} CPUs")
     return make_file(tmp_path, rng, MANY_PAGES * PAGE)
+
+
+def touch_on(helper: HelperProcess, cpu: int, first: int, last: int) -> Pending:
+    """One page after the other on that CPU, with pauses."""
+    return helper.start(
+        f"import os, time; os.sched_setaffinity(0, {{{cpu}}})\n"
+        f"for page in range({first}, {last}): read(b, page * {PAGE}); time.sleep(0.0005)"
+    )
+
+
+def test_fault_thread_that_asks_alone_takes_the_answers(runtime_dir: Path, tmp_path: Path, rng: random.Random) -> None:
+    """Others would only be woken by them. Whoever else asks takes some again."""
+    cpus = sorted(os.sched_getaffinity(0))
+    needs(None if len(cpus) > 1 else "two CPUs")
+    n, data_file = 4096, make_file(tmp_path, rng, 4096 * PAGE)
+    with (
+        nbdkit(tmp_path, "file", data_file) as server,
+        serving(f"data={server.uri()}", stream_mode=LAZY, fault_threads=2, read_ahead=0) as served,
+    ):
+        one, other = served.helper(), served.helper()
+        for helper in (one, other):
+            helper.do("b = attach()")
+        assert list(pollers_of(POLL_CHANNEL).values()) == [2]
+        touched = [touch_on(one, cpus[0], 0, n // 2)]
+        wait_until(lambda: list(pollers_of(POLL_CHANNEL).values()) == [1], "one to ask for all")
+        touched.append(touch_on(other, cpus[1], n // 2, n))
+        wait_until(lambda: list(pollers_of(POLL_CHANNEL).values()) == [2], "both to take answers")
+        for each in touched:
+            each.result()
+        assert one.do(f"read(b, 0, {n * PAGE})") == data_file.read_bytes()
 
 
 def test_helper_has_a_home_but_not_beside_a_crowd(runtime_dir: Path, many_pages: Path) -> None:
@@ -267,6 +298,9 @@ def wait_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         "near_answer_is_met_awake",
         "who_has_asked_for_nothing_sleeps_at_once",
         "source_whose_answers_are_not_polled_for_is_not_looked_for",
+        "rest_of_an_answer_is_met_awake_too",
+        "who_asks_alone_takes_the_answers",
+        "nobody_takes_answers_from_who_is_changing_that",
         "far_answers_are_hardly_ever_looked_for",
         "answers_that_come_soon_again_are_found_out",
         "other_events_teach_nothing",

@@ -1,10 +1,14 @@
-/* fault_home: on which CPU a helper runs, and which fault thread should therefore answer it.
+/* fault_home: on which CPU a helper runs, and which fault thread should therefore answer it; and who takes the answers
+ * of a source that is asked over a socket.
  *
  * The fault thread on the CPU that faulted answers in half the time, because it and the helper wake each other without
  * an interrupt to another CPU; and waking the others as well costs again. So as long as a helper's faults come from one
  * CPU that has a fault thread, that one alone polls its uffd; else a few do. Beside a crowd (fault_crowd.c) nobody has
  * a home: it fills the run queue of a CPU, and the fault thread there comes too late. What is not polled for is never
  * lost: polling is level-triggered, and the new home polls before the others stop.
+ *
+ * Likewise with a channel: as long as one fault thread does all the asking, it alone polls for the answers. Another one
+ * would be woken on the CPU of the server, in the middle of its answer, and take it to the wrong CPU.
  */
 #include "fault_internal.h"
 
@@ -25,6 +29,7 @@ enum {
     HOME_AWAY_NS = 30000,           /* since it took so long from one fault to the next, */
     HOME_LOOK_BESIDE_NS = 10000000, /* less soon while others fault, for which it may have waited, */
     HOME_LOOK_FAULTS = 256,         /* and of one whose threads fault in turns, which may have no home */
+    ASKED_IN_A_ROW = 16,            /* by one fault thread: then it is likely to ask next */
     HOME_STAT_FIELD = 39,           /* "processor" in proc(5): the CPU that a thread ran on last */
     HOME_STAT_BYTES = 1024,
 };
@@ -90,6 +95,37 @@ static void move_home(struct fault_threads *ft, struct remote_fd *remote, int32_
         for (uint32_t i = 0; i < ft->n_workers; i++)
             if (polls_for(&ft->workers[i], home) == polls)
                 change_polling(&ft->workers[i], remote, polls);
+}
+
+static int takes_answers(const struct fault_worker *worker, int32_t asker)
+{
+    return asker == ASKER_ANY ? polls_anywhere(worker) : asker == (int32_t)worker->number;
+}
+
+static void change_asker(struct fault_threads *ft, struct served_block *served, int32_t asker)
+{
+    if (__atomic_exchange_n(&served->asker_moves, 1, __ATOMIC_ACQUIRE))
+        return;
+    __atomic_store_n(&served->asker, asker, __ATOMIC_RELAXED);
+    for (int polls = 1; polls >= 0; polls--)
+        for (uint32_t i = 0; i < ft->n_workers; i++)
+            if (takes_answers(&ft->workers[i], asker) == polls)
+                change_polling_channel(&ft->workers[i], served, polls);
+    __atomic_store_n(&served->asker_moves, 0, __ATOMIC_RELEASE);
+}
+
+int home_note_asked(struct fault_worker *worker, struct served_block *served)
+{
+    int32_t asker = __atomic_load_n(&served->asker, __ATOMIC_RELAXED);
+
+    if (__atomic_exchange_n(&served->asked_last, worker->number, __ATOMIC_RELAXED) != worker->number)
+        __atomic_store_n(&served->asked_in_a_row, 0, __ATOMIC_RELAXED);
+    uint32_t in_a_row = __atomic_add_fetch(&served->asked_in_a_row, 1, __ATOMIC_RELAXED);
+    if (asker == ASKER_ANY && in_a_row >= ASKED_IN_A_ROW)
+        change_asker(worker->ft, served, (int32_t)worker->number);
+    else if (asker != ASKER_ANY && asker != (int32_t)worker->number)
+        change_asker(worker->ft, served, ASKER_ANY);
+    return takes_answers(worker, __atomic_load_n(&served->asker, __ATOMIC_RELAXED));
 }
 
 void home_poll_again(struct fault_worker *worker, struct remote_fd *remote)

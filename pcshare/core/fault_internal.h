@@ -30,6 +30,7 @@ enum {
 /* What an epoll event is about; the low half of its data is a remote fd's id, or the index of a channel's block. */
 enum { POLL_QUIT = 0, POLL_UFFD = 1, POLL_CONTROL = 2, POLL_CHANNEL = 3 };
 enum { POLL_KIND_SHIFT = 32 };
+enum { ASKER_ANY = -1 };
 
 /* Pages that the stream asks for first: see stream_replay.h. */
 struct replay_run {
@@ -65,7 +66,11 @@ struct served_block {
     int paused; /* the source failed and the policy is to wait for a resume: the stream leaves it alone */
     int complete;
     int gaps_told;
-    int late; /* something takes too long: the stream's thread's */
+    int late;            /* something takes too long: the stream's thread's */
+    int32_t asker;       /* the only fault thread that polls the channel; ASKER_ANY: a few do. The next two as well: */
+    uint32_t asked_last; /* fault_home.c's: who asked last, and how often in a row */
+    uint32_t asked_in_a_row;
+    int asker_moves; /* somebody is at it */
     uint64_t foreign_told;
     uint64_t progress_told;
     uint32_t stream_window_max;
@@ -150,10 +155,11 @@ struct fault_threads {
 /* fault_thread.c */
 int start_polling(struct fault_threads *ft, struct remote_fd *remote);
 void stop_polling(struct fault_threads *ft, int fd);
-/* A few workers poll the block's channel, if it has something to poll. */
+/* Every worker knows the block's channel, if it has something to poll, and a few poll it. */
 int start_polling_channel(struct fault_threads *ft, struct served_block *served);
 /* Whether a worker polls a remote fd's uffd that was added; without effect on one that was taken away. */
 void change_polling(struct fault_worker *worker, struct remote_fd *remote, int polls);
+void change_polling_channel(struct fault_worker *worker, struct served_block *served, int polls);
 void stop_polling_control(struct fault_threads *ft, struct remote_fd *remote);
 /* Whether more than one helper has faulted lately. */
 int is_beside_others(const struct fault_threads *ft, uint64_t now_ns);
@@ -166,6 +172,8 @@ int worker_is_wanted(const struct fault_worker *worker, const struct remote_fd *
 /* fault_wait.c */
 /* Faults of this remote fd were dealt with: perhaps a server owes an answer now. */
 void wait_note_fault(struct fault_worker *worker, const struct remote_fd *remote);
+/* What a channel had to tell was dealt with: perhaps it was a part of an answer. */
+void wait_note_answer(struct fault_worker *worker);
 /* As epoll_wait without a timeout. */
 int wait_for_events(struct fault_worker *worker, struct epoll_event *events, int most);
 
@@ -185,6 +193,8 @@ void follow_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t
 int polls_anywhere(const struct fault_worker *worker);
 /* A thread of the helper has faulted and been answered: now and then looks where it runs. */
 void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid);
+/* The worker has asked the block's source, whose answers are polled for. Whether it is who polls for them. */
+int home_note_asked(struct fault_worker *worker, struct served_block *served);
 /* The worker had stopped polling the remote fd's uffd: it polls again, unless only others shall. */
 void home_poll_again(struct fault_worker *worker, struct remote_fd *remote);
 

@@ -20,11 +20,17 @@ static const uint64_t beside_others_ns = 100000000; /* since another helper faul
 
 /* ---- polling ---- */
 
-static int add_fd(const struct fault_worker *worker, int fd, uint64_t kind, uint32_t id, int polls)
+static int control_polling(const struct fault_worker *worker, int operation, int fd, uint64_t kind, uint32_t id,
+                           int polls)
 {
     struct epoll_event event = {.events = polls ? EPOLLIN : 0, .data.u64 = kind << POLL_KIND_SHIFT | id};
 
-    return epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
+    return epoll_ctl(worker->epoll_fd, operation, fd, &event) < 0 ? -errno : 0;
+}
+
+static int add_fd(const struct fault_worker *worker, int fd, uint64_t kind, uint32_t id, int polls)
+{
+    return control_polling(worker, EPOLL_CTL_ADD, fd, kind, id, polls);
 }
 
 static int poll_fd(const struct fault_worker *worker, int fd, uint64_t kind, uint32_t id)
@@ -34,10 +40,14 @@ static int poll_fd(const struct fault_worker *worker, int fd, uint64_t kind, uin
 
 void change_polling(struct fault_worker *worker, struct remote_fd *remote, int polls)
 {
-    struct epoll_event event = {.events = polls ? EPOLLIN : 0,
-                                .data.u64 = (uint64_t)POLL_UFFD << POLL_KIND_SHIFT | remote->id};
+    (void)control_polling(worker, EPOLL_CTL_MOD, remote->uffd, POLL_UFFD, remote->id, polls);
+}
 
-    (void)epoll_ctl(worker->epoll_fd, EPOLL_CTL_MOD, remote->uffd, &event);
+void change_polling_channel(struct fault_worker *worker, struct served_block *served, int polls)
+{
+    int fd = page_channel_poll_fd(served->channel);
+
+    (void)control_polling(worker, EPOLL_CTL_MOD, fd, POLL_CHANNEL, served->block->index, polls);
 }
 
 void stop_polling(struct fault_threads *ft, int fd)
@@ -70,9 +80,11 @@ int start_polling_channel(struct fault_threads *ft, struct served_block *served)
 {
     int fd = page_channel_poll_fd(served->channel), rc = 0;
 
+    __atomic_store_n(&served->asker_moves, 1, __ATOMIC_RELEASE);
+    served->asker = ASKER_ANY;
     for (uint32_t i = 0; fd >= 0 && rc == 0 && i < ft->n_workers; i++)
-        if (polls_anywhere(&ft->workers[i]))
-            rc = poll_fd(&ft->workers[i], fd, POLL_CHANNEL, served->block->index);
+        rc = add_fd(&ft->workers[i], fd, POLL_CHANNEL, served->block->index, polls_anywhere(&ft->workers[i]));
+    __atomic_store_n(&served->asker_moves, 0, __ATOMIC_RELEASE);
     return rc;
 }
 
@@ -170,6 +182,7 @@ static void dispatch(struct fault_worker *worker, const struct epoll_event *even
         return;
     if (kind == POLL_CHANNEL) {
         handle_channel(worker->ft, (uint32_t)event->data.u64);
+        wait_note_answer(worker);
         return;
     }
     struct remote_fd *remote = remote_by_id(worker->ft, (uint32_t)event->data.u64);

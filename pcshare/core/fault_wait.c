@@ -1,9 +1,10 @@
 /* fault_wait: how a fault thread waits for what happens next.
  *
  * To wake a sleeping CPU takes longer than a near server needs for its answer. So a thread that has asked one for a
- * page looks for the answer a while before it sleeps, if it polls for that. Where answers do not come meanwhile (from a
- * far server, from one that would run on this very CPU, on a busy machine) it looks more and more seldom, and at last
- * hardly ever. While a crowd rests (fault_crowd.c) it sleeps until the rest is over.
+ * page looks for the answer a while before it sleeps, if it polls for that, and for the rest when a part has come.
+ * Where answers do not come meanwhile (from a far server, from one that would run on this very CPU, on a busy machine)
+ * it looks more and more seldom, and at last hardly ever. While a crowd rests (fault_crowd.c) it sleeps until the rest
+ * is over.
  */
 #define _GNU_SOURCE
 #include "fault_internal.h"
@@ -25,7 +26,15 @@ void wait_note_fault(struct fault_worker *worker, const struct remote_fd *remote
         return;
     }
     struct served_block *served = served_block_of(worker->ft, remote->block);
-    worker->awaits_answer = served && polls_anywhere(worker) && page_channel_poll_fd(served->channel) >= 0;
+    int is_polled_for = served && page_channel_poll_fd(served->channel) >= 0;
+    worker->awaits_answer = is_polled_for && home_note_asked(worker, served);
+}
+
+/* A server may send the head of an answer and then its bytes. With more than one page in flight it was more likely all
+ * of one, and while the others take their time the CPU is for whom it woke. */
+void wait_note_answer(struct fault_worker *worker)
+{
+    worker->awaits_answer = __atomic_load_n(&worker->ft->demand_in_flight, __ATOMIC_RELAXED) == 1;
 }
 
 static int has_answer(const struct epoll_event *events, int n)

@@ -16,7 +16,7 @@
 
 enum { MANY = 20000, NEAR_NS = 20000, FAR_NS = 2000000, LOOK_NS = 1000 };
 enum { CPUS = 2, FEW_THREADS = 2, CROWD_THREADS = 5, HELPERS = CROWDS_RESTING_MAX + 4, STEADY = HELPERS - 1 };
-enum { FAULT_NS = 8000, FAULTS = 100, NEVER = -1 };
+enum { FAULT_NS = 8000, FAULTS = 100, NEVER = -1, WORKERS = 8 };
 
 #define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
 
@@ -29,6 +29,8 @@ static void fail(const char *what, int line)
 static uint64_t now_ns, event_ns, event_data;
 static int poll_fd = 3, sleeps, looks, is_polled[HELPERS], is_gone[HELPERS], n_held;
 static struct remote_fd helpers[HELPERS];
+static struct served_block block_served = {.asker = ASKER_ANY};
+static int is_answer_polled[WORKERS] = {1, 0, 1, 0, 1, 0, 1, 0};
 
 uint64_t clock_ns(void)
 {
@@ -37,11 +39,9 @@ uint64_t clock_ns(void)
 
 struct served_block *served_block_of(struct fault_threads *ft, const struct ramblock *block)
 {
-    static struct served_block served;
-
     (void)ft;
     (void)block;
-    return &served;
+    return &block_served;
 }
 
 int page_channel_poll_fd(struct page_channel *channel)
@@ -70,6 +70,12 @@ void change_polling(struct fault_worker *worker, struct remote_fd *remote, int p
     (void)worker;
     CHECK(!is_gone[remote->id]);
     is_polled[remote->id] = polls;
+}
+
+void change_polling_channel(struct fault_worker *worker, struct served_block *served, int polls)
+{
+    CHECK(served == &block_served && worker->number < WORKERS);
+    is_answer_polled[worker->number] = polls;
 }
 
 int is_beside_others(const struct fault_threads *ft, uint64_t now)
@@ -127,6 +133,13 @@ static int wait_for(uint64_t kind, uint64_t later_ns)
     return looks;
 }
 
+static void begin_workers(void)
+{
+    threads.n_workers = WORKERS;
+    for (uint32_t i = 0; i < WORKERS; i++)
+        threads.workers[i] = (struct fault_worker){.ft = &threads, .number = i, .cpu = (int32_t)i, .epoll_fd = 7};
+}
+
 static int ask_and_wait(uint64_t later_ns)
 {
     wait_note_fault(&worker, &remote);
@@ -153,9 +166,74 @@ static void source_whose_answers_are_not_polled_for_is_not_looked_for(void)
     poll_fd = -1;
     CHECK(ask_and_wait(NEAR_NS) == 0 && sleeps == 1);
     poll_fd = 3;
-    threads.n_workers = 8; /* others do */
-    worker.number = 1;
+    begin_workers();
+    worker.number = 1; /* others do */
     CHECK(ask_and_wait(NEAR_NS) == 0 && sleeps == 1);
+}
+
+static void rest_of_an_answer_is_met_awake_too(void)
+{
+    for (int i = 0; i < MANY; i++) {
+        CHECK(ask_and_wait(NEAR_NS) > 0 && sleeps == 0);
+        wait_note_answer(&worker);
+        CHECK(wait_for(POLL_CHANNEL, NEAR_NS) == NEAR_NS / LOOK_NS && sleeps == 0);
+        threads.demand_in_flight = 0; /* that was all of it */
+        wait_note_answer(&worker);
+        CHECK(wait_for(POLL_UFFD, NEAR_NS) == 0 && sleeps == 1);
+        threads.demand_in_flight = 1;
+    }
+    threads.demand_in_flight = 2; /* what is in flight may be another page */
+    wait_note_answer(&worker);
+    CHECK(wait_for(POLL_CHANNEL, NEAR_NS) == 0 && sleeps == 1);
+}
+
+/* How many fault threads poll for answers; that one does. */
+static int pollers_with(uint32_t number)
+{
+    int n = 0;
+
+    for (uint32_t i = 0; i < WORKERS; i++)
+        n += is_answer_polled[i];
+    CHECK(is_answer_polled[number]);
+    return n;
+}
+
+static void ask_as(uint32_t number, int times)
+{
+    for (int i = 0; i < times; i++)
+        wait_note_fault(&threads.workers[number], &remote);
+}
+
+static void who_asks_alone_takes_the_answers(void)
+{
+    begin_workers();
+    ask_as(2, 5);
+    CHECK(pollers_with(2) == WORKERS / 2 && threads.workers[2].awaits_answer);
+    ask_as(2, FAULTS);
+    CHECK(pollers_with(2) == 1 && threads.workers[2].awaits_answer);
+    ask_as(1, 1); /* at once: nobody shall wait for the other */
+    CHECK(pollers_with(0) == WORKERS / 2 && !is_answer_polled[1] && !threads.workers[1].awaits_answer);
+    ask_as(1, FAULTS);
+    CHECK(pollers_with(1) == 1 && threads.workers[1].awaits_answer);
+    for (int i = 0; i < FAULTS; i++) {
+        ask_as(1, 5);
+        ask_as(4, 5);
+        CHECK(pollers_with(4) == WORKERS / 2);
+    }
+}
+
+static void nobody_takes_answers_from_who_is_changing_that(void)
+{
+    begin_workers();
+    block_served.asker_moves = 1;
+    ask_as(2, FAULTS);
+    CHECK(pollers_with(2) == WORKERS / 2 && threads.workers[2].awaits_answer);
+    block_served.asker_moves = 0;
+    ask_as(2, 1);
+    CHECK(pollers_with(2) == 1);
+    block_served.asker_moves = 1;
+    ask_as(4, 1);
+    CHECK(pollers_with(2) == 1 && !threads.workers[4].awaits_answer);
 }
 
 static void far_answers_are_hardly_ever_looked_for(void)
@@ -431,6 +509,9 @@ static const struct {
     CASE(near_answer_is_met_awake),
     CASE(who_has_asked_for_nothing_sleeps_at_once),
     CASE(source_whose_answers_are_not_polled_for_is_not_looked_for),
+    CASE(rest_of_an_answer_is_met_awake_too),
+    CASE(who_asks_alone_takes_the_answers),
+    CASE(nobody_takes_answers_from_who_is_changing_that),
     CASE(far_answers_are_hardly_ever_looked_for),
     CASE(answers_that_come_soon_again_are_found_out),
     CASE(other_events_teach_nothing),
