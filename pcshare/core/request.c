@@ -19,10 +19,10 @@
 
 enum { TOLD_RECEIVED = 1, TOLD_BEFORE = 2, TOLD_ASKED = 0 }; /* details of TRACE_REQUEST_SHARED */
 enum { PROGRESS_STEPS = 256 };
-enum { LIFT_TRIES_MAX = 1000 };       /* EAGAIN in a row: the helper's thread whose event was read has not run yet */
-enum { LIFT_TRIES_MIN = 3 };          /* where that was so at an earlier page */
+enum { LIFT_TRIES_MAX = 1000 }; /* EAGAIN in a row: the helper's thread whose event was read has not run yet */
+enum { LIFT_TRIES_MIN = 3 };    /* where that was so at an earlier page */
 enum { LIFT_PAGES_MAX = 256 };
-enum { GIVE_BYTES_MAX = 64 << 10 };   /* mapped at one fault of a strict helper: 16 pages cost little more than one */
+enum { GIVE_BYTES_MAX = 64 << 10 }; /* mapped at one fault of a strict helper: 16 pages cost little more than one */
 
 uint64_t source_length(const struct ramblock *block, uint64_t page, uint64_t n)
 {
@@ -329,7 +329,8 @@ int place_at_hand(struct fault_worker *worker, struct served_block *served, uint
     int rc = page_channel_read_now(served->channel, worker->staging, length, page * block->page_size);
     if (rc != PAGE_CHANNEL_DONE)
         return NOT_AT_HAND; /* an error too: asked the slow way, it is told in one place */
-    memset(worker->staging + length, 0, n * block->page_size - length);
+    if (length < n * block->page_size)
+        memset(worker->staging + length, 0, n * block->page_size - length);
     return ramblock_place(block, page, n, worker->staging, placedp);
 }
 
