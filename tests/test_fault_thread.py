@@ -317,6 +317,11 @@ def wait_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         "who_has_another_home_meanwhile_is_not_polled_again",
         "nobody_looks_for_an_answer_while_a_crowd_rests",
         "crowd_is_drained_now_and_then",
+        "who_was_woken_on_another_cpu_is_followed",
+        "who_is_still_here_is_not_followed",
+        "who_has_nowhere_to_go_is_not_waited_for",
+        "nobody_is_followed_beside_others",
+        "who_does_not_stay_is_followed_more_and_more_seldom",
     ],
 )
 def test_waiting(wait_program: Path, case: str) -> None:

@@ -7,6 +7,12 @@
  * a home: it fills the run queue of a CPU, and the fault thread there comes too late. What is not polled for is never
  * lost: polling is level-triggered, and the new home polls before the others stop.
  *
+ * The scheduler may put whom a fault thread wakes on an idle CPU. Where that one must be interrupted in its sleep, and
+ * only there it matters, the wake-up takes several times as long as one on this CPU: then the fault thread looks at
+ * once where the helper went, and is done before it faults again. Were this CPU to sleep now, the next wake-up would
+ * put it back here. So the fault thread stays awake, as long as the helper faults, a few milliseconds at most. Where a
+ * helper goes on in spite of that it is followed more and more seldom.
+ *
  * Likewise with a channel: as long as one fault thread does all the asking, it alone polls for the answers. Another one
  * would be woken on the CPU of the server, in the middle of its answer, and take it to the wrong CPU.
  */
@@ -29,8 +35,14 @@ enum {
     HOME_AWAY_NS = 30000,           /* since it took so long from one fault to the next, */
     HOME_LOOK_BESIDE_NS = 10000000, /* less soon while others fault, for which it may have waited, */
     HOME_LOOK_FAULTS = 256,         /* and of one whose threads fault in turns, which may have no home */
-    ASKED_IN_A_ROW = 16,            /* by one fault thread: then it is likely to ask next */
-    HOME_STAT_FIELD = 39,           /* "processor" in proc(5): the CPU that a thread ran on last */
+    HOME_FAR_WAKE_NS = 3000,        /* a wake-up that took so long was one of another CPU, */
+    HOME_SETTLED_NS = 100000,       /* unless the fault thread itself had slept until it became the home */
+    HOME_AWAKE_NS = 4000000,        /* the CPU that a helper left stays awake for so long, */
+    HOME_AWAKE_FAULT_NS = 100000,   /* if it faults as often, */
+    HOME_STAY_NS = 1000000,         /* and if it stays no longer than this that is no use */
+    HOME_SKIPS_MAX = 4096,
+    ASKED_IN_A_ROW = 16,  /* by one fault thread: then it is likely to ask next */
+    HOME_STAT_FIELD = 39, /* "processor" in proc(5): the CPU that a thread ran on last */
     HOME_STAT_BYTES = 1024,
 };
 
@@ -138,6 +150,19 @@ void home_poll_again(struct fault_worker *worker, struct remote_fd *remote)
         __atomic_store_n(&remote->home_moves, 0, __ATOMIC_RELEASE);
 }
 
+/* Somebody holds home_moves. */
+static void look(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid, uint64_t now_ns)
+{
+    int knows = tid && !has_crowd(ft, now_ns);
+    int32_t home = knows ? home_for(ft, remote, tid, cpu_of(remote->status->pid, tid)) : HOME_ANYWHERE;
+
+    __atomic_store_n(&remote->home_tid, tid, __ATOMIC_RELAXED);
+    __atomic_store_n(&remote->home_look_ns, now_ns, __ATOMIC_RELAXED);
+    if (home != remote->home_cpu)
+        move_home(ft, remote, home);
+    __atomic_store_n(&remote->home_fault_ns, clock_ns(), __ATOMIC_RELAXED); /* a look is no pause of the helper's */
+}
+
 void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid)
 {
     if (!remote->status) /* the coordinator's own */
@@ -152,19 +177,74 @@ void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_
     uint32_t faults = __atomic_add_fetch(&remote->home_faults, 1, __ATOMIC_RELAXED);
     int has_moved = since_ns > (is_beside ? HOME_LOOK_BESIDE_NS : HOME_LOOK_SOON_NS) && pause_ns > HOME_AWAY_NS;
     int has_threads = faults >= HOME_LOOK_FAULTS && tid != __atomic_load_n(&remote->home_tid, __ATOMIC_RELAXED);
-    int beside_crowd = has_crowd(ft, now_ns);
-    int must_leave = beside_crowd && __atomic_load_n(&remote->home_cpu, __ATOMIC_RELAXED) != HOME_ANYWHERE;
+    int must_leave = has_crowd(ft, now_ns) && __atomic_load_n(&remote->home_cpu, __ATOMIC_RELAXED) != HOME_ANYWHERE;
     int due = since_ns > HOME_LOOK_NS || has_moved || has_threads || must_leave;
 
     if (!due || __atomic_exchange_n(&remote->home_moves, 1, __ATOMIC_ACQUIRE))
         return;
-    int32_t home = beside_crowd || !tid ? HOME_ANYWHERE : home_for(ft, remote, tid, cpu_of(remote->status->pid, tid));
-    __atomic_store_n(&remote->home_tid, tid, __ATOMIC_RELAXED);
-    __atomic_store_n(&remote->home_look_ns, now_ns, __ATOMIC_RELAXED);
+    look(ft, remote, tid, now_ns);
     if (!is_beside || has_threads || since_ns > HOME_LOOK_NS)
         __atomic_store_n(&remote->home_faults, 0, __ATOMIC_RELAXED);
-    if (home != remote->home_cpu)
-        move_home(ft, remote, home);
-    __atomic_store_n(&remote->home_fault_ns, clock_ns(), __ATOMIC_RELAXED); /* a look is no pause of the helper's */
     __atomic_store_n(&remote->home_moves, 0, __ATOMIC_RELEASE);
+}
+
+void home_note_wake(struct fault_worker *worker, const struct remote_fd *remote, uint32_t tid, uint64_t since_ns)
+{
+    if (worker->cpu < 0 || __atomic_load_n(&remote->home_cpu, __ATOMIC_RELAXED) != worker->cpu)
+        return;
+    uint64_t now_ns = clock_ns(), look_ns = __atomic_load_n(&remote->home_look_ns, __ATOMIC_RELAXED);
+    int is_far = now_ns - since_ns > HOME_FAR_WAKE_NS && now_ns - look_ns > HOME_SETTLED_NS;
+    worker->left_id = is_far ? remote->id : 0;
+    worker->left_tid = tid;
+}
+
+/* It has left a home to which it was followed. */
+static void learn(struct remote_fd *remote, uint64_t stayed_ns)
+{
+    if (stayed_ns > HOME_STAY_NS)
+        remote->home_skips /= 2;
+    else if (remote->home_skips < HOME_SKIPS_MAX)
+        remote->home_skips = remote->home_skips ? 2 * remote->home_skips : 1;
+    remote->home_skips_left = remote->home_skips;
+    remote->home_followed_ns = 0;
+}
+
+/* Somebody holds home_moves. Whether it went to another fault thread's CPU. */
+static int follow(struct fault_worker *worker, struct remote_fd *remote, uint64_t now_ns)
+{
+    if (remote->home_followed_ns)
+        learn(remote, now_ns - remote->home_followed_ns);
+    if (remote->home_skips_left) {
+        remote->home_skips_left--;
+        return 0;
+    }
+    look(worker->ft, remote, worker->left_tid, now_ns);
+    if (remote->home_cpu == worker->cpu || remote->home_cpu == HOME_ANYWHERE)
+        return 0;
+    remote->home_followed_ns = now_ns;
+    return 1;
+}
+
+struct remote_fd *home_follow(struct fault_worker *worker)
+{
+    struct remote_fd *remote = remote_by_id(worker->ft, worker->left_id);
+    uint64_t now_ns = clock_ns();
+
+    if (!remote)
+        return NULL;
+    if (!is_beside_others(worker->ft, now_ns) && !__atomic_exchange_n(&remote->home_moves, 1, __ATOMIC_ACQUIRE)) {
+        int has_left = follow(worker, remote, now_ns);
+        __atomic_store_n(&remote->home_moves, 0, __ATOMIC_RELEASE);
+        if (has_left)
+            return remote;
+    }
+    remote_fd_put(remote);
+    return NULL;
+}
+
+int home_keeps_awake(const struct remote_fd *remote, uint64_t left_ns, uint64_t now_ns)
+{
+    uint64_t fault_ns = __atomic_load_n(&remote->home_fault_ns, __ATOMIC_RELAXED);
+
+    return now_ns - left_ns < HOME_AWAKE_NS && (fault_ns > now_ns || now_ns - fault_ns < HOME_AWAKE_FAULT_NS);
 }

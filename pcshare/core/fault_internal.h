@@ -103,6 +103,7 @@ struct fault_worker {
     uint32_t epoch_seen;
     int awaits_answer; /* this and the next two: fault_wait.c's */
     uint32_t skips, skips_left;
+    uint32_t left_id, left_tid; /* fault_home.c's: a remote fd that may have left this CPU, 0: none; and which thread */
     uint64_t crowd_spent_ns; /* on crowds, since it last slept or let them rest; this to n_resting: fault_crowd.c's */
     uint64_t crowd_rest_end_ns;
     uint32_t resting[CROWDS_RESTING_MAX]; /* remote fds that it does not poll until then */
@@ -193,6 +194,12 @@ void follow_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t
 int polls_anywhere(const struct fault_worker *worker);
 /* A thread of the helper has faulted and been answered: now and then looks where it runs. */
 void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid);
+/* The thread was woken, which began then: perhaps on another CPU than the worker's, where its helper was at home. */
+void home_note_wake(struct fault_worker *worker, const struct remote_fd *remote, uint32_t tid, uint64_t since_ns);
+/* Looks where that helper went, if there is one. Counted, if it has its home elsewhere now; else NULL. */
+struct remote_fd *home_follow(struct fault_worker *worker);
+/* Whether the CPU that it left then is not to sleep: it would be woken there next, and fault there. */
+int home_keeps_awake(const struct remote_fd *remote, uint64_t left_ns, uint64_t now_ns);
 /* The worker has asked the block's source, whose answers are polled for. Whether it is who polls for them. */
 int home_note_asked(struct fault_worker *worker, struct served_block *served);
 /* The worker had stopped polling the remote fd's uffd: it polls again, unless only others shall. */

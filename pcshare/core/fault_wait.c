@@ -10,6 +10,7 @@
 #include "fault_internal.h"
 
 #include <poll.h>
+#include <sched.h>
 #include <time.h>
 
 #include "thread.h"
@@ -73,6 +74,24 @@ static int sleep_until(struct fault_worker *worker, struct epoll_event *events, 
     return epoll_wait(worker->epoll_fd, events, most, 0);
 }
 
+/* A helper whose thread was woken on another CPU is followed there, and does not see this one idle for a while. What is
+ * runnable here goes first. */
+static int follow(struct fault_worker *worker, struct epoll_event *events, int most)
+{
+    int n = epoll_wait(worker->epoll_fd, events, most, 0); /* it may have faulted again, here */
+    struct remote_fd *remote = n == 0 ? home_follow(worker) : NULL;
+
+    if (!remote)
+        return n;
+    uint64_t left_ns = clock_ns();
+    while (n == 0 && home_keeps_awake(remote, left_ns, clock_ns())) {
+        sched_yield();
+        n = epoll_wait(worker->epoll_fd, events, most, 0);
+    }
+    remote_fd_put(remote);
+    return n;
+}
+
 int wait_for_events(struct fault_worker *worker, struct epoll_event *events, int most)
 {
     int n = 0;
@@ -93,5 +112,8 @@ int wait_for_events(struct fault_worker *worker, struct epoll_event *events, int
         if (n == 0)
             crowd_end_turn(worker); /* it is not too fast */
     }
+    if (n == 0 && worker->left_id)
+        n = follow(worker, events, most);
+    worker->left_id = 0;
     return n != 0 ? n : epoll_wait(worker->epoll_fd, events, most, -1);
 }

@@ -6,10 +6,12 @@
  */
 #define _GNU_SOURCE
 #include <poll.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "fault_internal.h"
 #include "remote_fd.h"
@@ -27,7 +29,8 @@ static void fail(const char *what, int line)
 }
 
 static uint64_t now_ns, event_ns, event_data;
-static int poll_fd = 3, sleeps, looks, is_polled[HELPERS], is_gone[HELPERS], n_held;
+static int poll_fd = 3, sleeps, looks, is_polled[HELPERS], is_gone[HELPERS], n_held, beside_others = 1;
+static uint64_t next_fault_ns; /* of helper 1, whose faults others answer; 0: none */
 static struct remote_fd helpers[HELPERS];
 static struct served_block block_served = {.asker = ASKER_ANY};
 static int is_answer_polled[WORKERS] = {1, 0, 1, 0, 1, 0, 1, 0};
@@ -82,7 +85,7 @@ int is_beside_others(const struct fault_threads *ft, uint64_t now)
 {
     (void)ft;
     (void)now;
-    return 1;
+    return beside_others;
 }
 
 int ppoll(struct pollfd *polled, nfds_t n, const struct timespec *timeout, const __sigset_t *mask)
@@ -109,6 +112,10 @@ int epoll_wait(int fd, struct epoll_event *events, int most, int timeout_ms)
         CHECK(timeout_ms == 0);
         looks++;
         now_ns += LOOK_NS;
+        if (next_fault_ns && now_ns >= next_fault_ns) {
+            helpers[1].home_fault_ns = now_ns;
+            next_fault_ns += FAULT_NS;
+        }
     }
     if (now_ns < event_ns)
         return 0;
@@ -500,6 +507,128 @@ static void crowd_is_drained_now_and_then(void)
     }
 }
 
+/* ---- a helper that leaves the CPU ---- */
+
+enum { FAR_WAKE_NS = 8000, NEAR_WAKE_NS = 1500, AWAKE_NS = 4000000, AWAKE_FAULT_NS = 100000 };
+
+static struct status_helper status;
+static int32_t here; /* the CPU that this runs on: the helper's, whenever somebody looks */
+
+/* The first fault thread, on another CPU, is the home of helper 1; the second one is on its CPU. */
+static void begin_leaving(void)
+{
+    cpu_set_t set;
+
+    here = sched_getcpu();
+    CPU_ZERO(&set);
+    CPU_SET((size_t)here, &set);
+    CHECK(here >= 0 && sched_setaffinity(0, sizeof(set), &set) == 0);
+    begin_crowds();
+    begin_workers();
+    beside_others = 0;
+    threads.n_workers = 2;
+    threads.workers[0].cpu = here + 1;
+    threads.workers[1].cpu = here;
+    status.pid = (uint32_t)getpid();
+    helpers[1].status = &status;
+    helpers[1].home_cpu = here + 1;
+}
+
+/* The first fault thread wakes the helper's thread, which takes so long, and waits for something that comes so much
+ * later. How long it stayed awake. */
+static uint64_t wake_and_wait(uint64_t wake_ns, uint64_t later_ns)
+{
+    struct epoll_event events[4];
+    uint64_t begin_ns = now_ns += wake_ns;
+
+    home_note_wake(&threads.workers[0], &helpers[1], (uint32_t)getpid(), begin_ns - wake_ns);
+    looks = sleeps = 0;
+    event_data = (uint64_t)POLL_CONTROL << POLL_KIND_SHIFT;
+    event_ns = now_ns + later_ns;
+    CHECK(wait_for_events(&threads.workers[0], events, 4) == 1 && n_held == 0);
+    CHECK(!helpers[1].home_moves);
+    return (uint64_t)looks * LOOK_NS;
+}
+
+static void come_back(void)
+{
+    helpers[1].home_cpu = here + 1;
+    now_ns += 2 * AWAKE_NS;
+}
+
+static void who_was_woken_on_another_cpu_is_followed(void)
+{
+    begin_leaving();
+    CHECK(wake_and_wait(NEAR_WAKE_NS, FAR_NS) == 0 && sleeps == 1 && helpers[1].home_cpu == here + 1);
+    uint64_t awake_ns = wake_and_wait(FAR_WAKE_NS, FAR_NS); /* it does not fault again */
+    CHECK(helpers[1].home_cpu == here && sleeps == 1);
+    CHECK(awake_ns >= AWAKE_FAULT_NS && awake_ns < 2 * AWAKE_FAULT_NS);
+    CHECK(wake_and_wait(FAR_WAKE_NS, FAR_NS) == 0); /* it is not at home here */
+    come_back();
+    next_fault_ns = now_ns;
+    awake_ns = wake_and_wait(FAR_WAKE_NS, 2 * AWAKE_NS);
+    CHECK(sleeps == 1 && awake_ns >= AWAKE_NS && awake_ns < 2 * AWAKE_NS);
+    come_back();
+    awake_ns = wake_and_wait(FAR_WAKE_NS, FAR_NS); /* what happens first ends it */
+    CHECK(sleeps == 0 && awake_ns >= FAR_NS && awake_ns < 2 * FAR_NS);
+}
+
+static void who_is_still_here_is_not_followed(void)
+{
+    begin_leaving();
+    CHECK(wake_and_wait(FAR_WAKE_NS, 0) == LOOK_NS && helpers[1].home_cpu == here + 1); /* it has faulted here */
+    threads.workers[0].cpu = helpers[1].home_cpu = here;
+    threads.workers[1].cpu = here + 1;
+    CHECK(wake_and_wait(FAR_WAKE_NS, FAR_NS) == LOOK_NS && sleeps == 1 && helpers[1].home_cpu == here);
+    threads.workers[0].cpu = here + 1; /* the wake-up was a late one of a thread that had slept */
+    threads.workers[1].cpu = here;
+    helpers[1].home_cpu = here + 1;
+    helpers[1].home_look_ns = now_ns;
+    CHECK(wake_and_wait(FAR_WAKE_NS, FAR_NS) == 0 && helpers[1].home_cpu == here + 1);
+}
+
+static void who_has_nowhere_to_go_is_not_waited_for(void)
+{
+    begin_leaving();
+    threads.workers[1].cpu = here + 2; /* no fault thread where it is now */
+    CHECK(wake_and_wait(FAR_WAKE_NS, FAR_NS) == LOOK_NS && sleeps == 1 && helpers[1].home_cpu == -1);
+    threads.workers[0].cpu = -1;
+    CHECK(wake_and_wait(FAR_WAKE_NS, FAR_NS) == 0);
+}
+
+static void nobody_is_followed_beside_others(void)
+{
+    begin_leaving();
+    beside_others = 1;
+    CHECK(wake_and_wait(FAR_WAKE_NS, FAR_NS) == LOOK_NS && sleeps == 1 && helpers[1].home_cpu == here + 1);
+    beside_others = 0;
+    helpers[1].home_moves = 1; /* somebody looks already */
+    home_note_wake(&threads.workers[0], &helpers[1], 1, now_ns - FAR_WAKE_NS);
+    CHECK(!home_follow(&threads.workers[0]) && helpers[1].home_cpu == here + 1);
+    helpers[1].home_moves = 0;
+    is_gone[1] = 1;
+    CHECK(!home_follow(&threads.workers[0]) && n_held == 0);
+}
+
+static void who_does_not_stay_is_followed_more_and_more_seldom(void)
+{
+    int n_followed = 0;
+
+    begin_leaving();
+    for (int i = 0; i < MANY; i++) {
+        CHECK(wake_and_wait(FAR_WAKE_NS, 2 * AWAKE_FAULT_NS) < 2 * AWAKE_FAULT_NS);
+        n_followed += helpers[1].home_cpu == here;
+        helpers[1].home_cpu = here + 1;
+    }
+    CHECK(n_followed > 10 && n_followed < 20);
+    for (int i = 0; i < MANY; i++) { /* until it stays again */
+        now_ns += AWAKE_NS;
+        (void)wake_and_wait(FAR_WAKE_NS, 2 * AWAKE_FAULT_NS);
+        helpers[1].home_cpu = here + 1;
+    }
+    CHECK(wake_and_wait(FAR_WAKE_NS, 2 * AWAKE_FAULT_NS) > 0);
+}
+
 #define CASE(name) {#name, name}
 
 static const struct {
@@ -528,6 +657,11 @@ static const struct {
     CASE(who_has_another_home_meanwhile_is_not_polled_again),
     CASE(nobody_looks_for_an_answer_while_a_crowd_rests),
     CASE(crowd_is_drained_now_and_then),
+    CASE(who_was_woken_on_another_cpu_is_followed),
+    CASE(who_is_still_here_is_not_followed),
+    CASE(who_has_nowhere_to_go_is_not_waited_for),
+    CASE(nobody_is_followed_beside_others),
+    CASE(who_does_not_stay_is_followed_more_and_more_seldom),
 };
 
 int main(int argc, char **argv)
