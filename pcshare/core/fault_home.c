@@ -188,10 +188,15 @@ void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_
     __atomic_store_n(&remote->home_moves, 0, __ATOMIC_RELEASE);
 }
 
+int home_may_leave(const struct fault_worker *worker, const struct remote_fd *remote, uint64_t now_ns)
+{
+    int is_here = worker->cpu >= 0 && __atomic_load_n(&remote->home_cpu, __ATOMIC_RELAXED) == worker->cpu;
+
+    return is_here && !is_beside_others(worker->ft, now_ns);
+}
+
 void home_note_wake(struct fault_worker *worker, const struct remote_fd *remote, uint32_t tid, uint64_t since_ns)
 {
-    if (worker->cpu < 0 || __atomic_load_n(&remote->home_cpu, __ATOMIC_RELAXED) != worker->cpu)
-        return;
     uint64_t now_ns = clock_ns(), look_ns = __atomic_load_n(&remote->home_look_ns, __ATOMIC_RELAXED);
     int is_far = now_ns - since_ns > HOME_FAR_WAKE_NS && now_ns - look_ns > HOME_SETTLED_NS;
     worker->left_id = is_far ? remote->id : 0;
@@ -228,12 +233,11 @@ static int follow(struct fault_worker *worker, struct remote_fd *remote, uint64_
 struct remote_fd *home_follow(struct fault_worker *worker)
 {
     struct remote_fd *remote = remote_by_id(worker->ft, worker->left_id);
-    uint64_t now_ns = clock_ns();
 
     if (!remote)
         return NULL;
-    if (!is_beside_others(worker->ft, now_ns) && !__atomic_exchange_n(&remote->home_moves, 1, __ATOMIC_ACQUIRE)) {
-        int has_left = follow(worker, remote, now_ns);
+    if (!__atomic_exchange_n(&remote->home_moves, 1, __ATOMIC_ACQUIRE)) {
+        int has_left = follow(worker, remote, clock_ns());
         __atomic_store_n(&remote->home_moves, 0, __ATOMIC_RELEASE);
         if (has_left)
             return remote;

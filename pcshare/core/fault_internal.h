@@ -194,7 +194,9 @@ void follow_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t
 int polls_anywhere(const struct fault_worker *worker);
 /* A thread of the helper has faulted and been answered: now and then looks where it runs. */
 void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid);
-/* The thread was woken, which began then: perhaps on another CPU than the worker's, where its helper was at home. */
+/* Whether the helper is at home on the worker's CPU, and to be followed where it is woken on another one. */
+int home_may_leave(const struct fault_worker *worker, const struct remote_fd *remote, uint64_t now_ns);
+/* It may, and its thread was woken, which began then. */
 void home_note_wake(struct fault_worker *worker, const struct remote_fd *remote, uint32_t tid, uint64_t since_ns);
 /* Looks where that helper went, if there is one. Counted, if it has its home elsewhere now; else NULL. */
 struct remote_fd *home_follow(struct fault_worker *worker);

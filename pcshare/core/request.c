@@ -481,9 +481,10 @@ static void bring_page(struct fault_threads *ft, struct fault_worker *worker, st
 
     credit_helper(ft, remote->id, placed > 0);
     if (rc == RAMBLOCK_PLACED && ramblock_is_received(served->block, page)) {
-        uint64_t wake_ns = clock_ns();
+        uint64_t wake_ns = home_may_leave(worker, remote, now_ns) ? clock_ns() : 0;
         wake_remote(remote, page);
-        home_note_wake(worker, remote, tid, wake_ns);
+        if (wake_ns)
+            home_note_wake(worker, remote, tid, wake_ns);
         record_blocktime(ft, remote, now_ns);
     } else {
         int what = !is_at_hand ? WAIT_ASKS : rc < 0 ? WAIT_RESUMES : WAIT_JOINS;
