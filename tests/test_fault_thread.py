@@ -217,12 +217,11 @@ def test_fault_thread_that_asks_alone_takes_the_answers(runtime_dir: Path, tmp_p
         for helper in (one, other):
             helper.do("b = attach()")
         assert list(pollers_of(POLL_CHANNEL).values()) == [2]
-        touched = [touch_on(one, cpus[0], 0, n // 2)]
+        touched = touch_on(one, cpus[0], 0, n // 2)
         wait_until(lambda: list(pollers_of(POLL_CHANNEL).values()) == [1], "one to ask for all")
-        touched.append(touch_on(other, cpus[1], n // 2, n))
+        touched.result()
+        touch_on(other, cpus[1], n // 2, n // 2 + 1).result()
         wait_until(lambda: list(pollers_of(POLL_CHANNEL).values()) == [2], "both to take answers")
-        for each in touched:
-            each.result()
         assert one.do(f"read(b, 0, {n * PAGE})") == data_file.read_bytes()
 
 
@@ -300,7 +299,9 @@ def wait_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         "source_whose_answers_are_not_polled_for_is_not_looked_for",
         "rest_of_an_answer_is_met_awake_too",
         "who_asks_alone_takes_the_answers",
+        "nobody_takes_answers_alone_beside_others",
         "nobody_takes_answers_from_who_is_changing_that",
+        "nobody_looks_for_answers_of_a_source_that_pushes",
         "far_answers_are_hardly_ever_looked_for",
         "answers_that_come_soon_again_are_found_out",
         "other_events_teach_nothing",
@@ -319,8 +320,11 @@ def wait_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         "crowd_is_drained_now_and_then",
         "who_was_woken_on_another_cpu_is_followed",
         "who_is_still_here_is_not_followed",
+        "other_threads_of_it_are_not_followed",
         "who_has_nowhere_to_go_is_not_waited_for",
         "nobody_is_followed_beside_others",
+        "who_moves_meanwhile_or_is_gone_is_not_followed",
+        "reason_to_stay_awake_may_go",
         "who_does_not_stay_is_followed_more_and_more_seldom",
     ],
 )

@@ -268,7 +268,7 @@ static int place_answer(struct demand *demand, uint64_t *placedp)
     struct ramblock *block = demand->served->block;
     uint64_t placed_alone;
 
-    memset(request->bytes + request->length, 0, request->n_pages * block->page_size - request->length);
+    zero_tail(request->bytes, request->length, request->n_pages * block->page_size);
     int rc = ramblock_place(block, request->page, request->n_pages, request->bytes, placedp);
     if (rc < 0 && request->n_pages > 1) {
         const uint8_t *bytes = request->bytes + (demand->page - request->page) * block->page_size;

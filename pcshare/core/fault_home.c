@@ -13,8 +13,9 @@
  * put it back here. So the fault thread stays awake, as long as the helper faults, a few milliseconds at most. Where a
  * helper goes on in spite of that it is followed more and more seldom.
  *
- * Likewise with a channel: as long as one fault thread does all the asking, it alone polls for the answers. Another one
- * would be woken on the CPU of the server, in the middle of its answer, and take it to the wrong CPU.
+ * Likewise with a channel: as long as one helper faults, and one fault thread does all the asking, it alone takes the
+ * answers. Another one would be woken on the CPU of the server, in the middle of its answer, and take it to the wrong
+ * CPU. Beside others nobody is to wait for one that answers somebody else.
  */
 #include "fault_internal.h"
 
@@ -35,14 +36,14 @@ enum {
     HOME_AWAY_NS = 30000,           /* since it took so long from one fault to the next, */
     HOME_LOOK_BESIDE_NS = 10000000, /* less soon while others fault, for which it may have waited, */
     HOME_LOOK_FAULTS = 256,         /* and of one whose threads fault in turns, which may have no home */
-    HOME_FAR_WAKE_NS = 3000,        /* a wake-up that took so long was one of another CPU, */
-    HOME_SETTLED_NS = 100000,       /* unless the fault thread itself had slept until it became the home */
-    HOME_AWAKE_NS = 4000000,        /* the CPU that a helper left stays awake for so long, */
-    HOME_AWAKE_FAULT_NS = 100000,   /* if it faults as often, */
-    HOME_STAY_NS = 1000000,         /* and if it stays no longer than this that is no use */
-    HOME_SKIPS_MAX = 4096,
-    ASKED_IN_A_ROW = 16,  /* by one fault thread: then it is likely to ask next */
-    HOME_STAT_FIELD = 39, /* "processor" in proc(5): the CPU that a thread ran on last */
+    HOME_FAR_WAKE_NS = 3000,        /* a wake-up that took so long was one of another CPU, or a late one */
+    HOME_PAUSE_NS = 100000,         /* after a look, at least: who becomes the home had slept, and is slow at first */
+    HOME_STAY_NS = 1000000,         /* where a helper does not stay so long it was followed in vain, */
+    HOME_IN_VAIN = 8,               /* and after so many times in a row later and later */
+    HOME_AWAKE_NS = 4000000,        /* the CPU that it left stays awake for so long, */
+    HOME_AWAKE_FAULT_NS = 200000,   /* if it faults as often */
+    ASKED_IN_A_ROW = 16,            /* by one fault thread: then it is likely to ask next */
+    HOME_STAT_FIELD = 39,           /* "processor" in proc(5): the CPU that a thread ran on last */
     HOME_STAT_BYTES = 1024,
 };
 
@@ -109,35 +110,35 @@ static void move_home(struct fault_threads *ft, struct remote_fd *remote, int32_
                 change_polling(&ft->workers[i], remote, polls);
 }
 
-static int takes_answers(const struct fault_worker *worker, int32_t asker)
+static int takes_answers(const struct fault_worker *worker, int32_t taker)
 {
-    return asker == ASKER_ANY ? polls_anywhere(worker) : asker == (int32_t)worker->number;
+    return taker == TAKER_ANY ? polls_anywhere(worker) : taker == (int32_t)worker->number;
 }
 
-static void change_asker(struct fault_threads *ft, struct served_block *served, int32_t asker)
+static void change_taker(struct fault_threads *ft, struct served_block *served, int32_t taker)
 {
-    if (__atomic_exchange_n(&served->asker_moves, 1, __ATOMIC_ACQUIRE))
+    if (__atomic_exchange_n(&served->taker_moves, 1, __ATOMIC_ACQUIRE))
         return;
-    __atomic_store_n(&served->asker, asker, __ATOMIC_RELAXED);
+    __atomic_store_n(&served->taker, taker, __ATOMIC_RELAXED);
     for (int polls = 1; polls >= 0; polls--)
         for (uint32_t i = 0; i < ft->n_workers; i++)
-            if (takes_answers(&ft->workers[i], asker) == polls)
+            if (polls_anywhere(&ft->workers[i]) && takes_answers(&ft->workers[i], taker) == polls)
                 change_polling_channel(&ft->workers[i], served, polls);
-    __atomic_store_n(&served->asker_moves, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&served->taker_moves, 0, __ATOMIC_RELEASE);
 }
 
 int home_note_asked(struct fault_worker *worker, struct served_block *served)
 {
-    int32_t asker = __atomic_load_n(&served->asker, __ATOMIC_RELAXED);
+    int32_t taker = __atomic_load_n(&served->taker, __ATOMIC_RELAXED), wanted = TAKER_ANY;
 
     if (__atomic_exchange_n(&served->asked_last, worker->number, __ATOMIC_RELAXED) != worker->number)
         __atomic_store_n(&served->asked_in_a_row, 0, __ATOMIC_RELAXED);
     uint32_t in_a_row = __atomic_add_fetch(&served->asked_in_a_row, 1, __ATOMIC_RELAXED);
-    if (asker == ASKER_ANY && in_a_row >= ASKED_IN_A_ROW)
-        change_asker(worker->ft, served, (int32_t)worker->number);
-    else if (asker != ASKER_ANY && asker != (int32_t)worker->number)
-        change_asker(worker->ft, served, ASKER_ANY);
-    return takes_answers(worker, __atomic_load_n(&served->asker, __ATOMIC_RELAXED));
+    if (in_a_row >= ASKED_IN_A_ROW && polls_anywhere(worker) && !is_beside_others(worker->ft, clock_ns()))
+        wanted = (int32_t)worker->number;
+    if (wanted != taker)
+        change_taker(worker->ft, served, wanted);
+    return takes_answers(worker, __atomic_load_n(&served->taker, __ATOMIC_RELAXED));
 }
 
 void home_poll_again(struct fault_worker *worker, struct remote_fd *remote)
@@ -150,17 +151,24 @@ void home_poll_again(struct fault_worker *worker, struct remote_fd *remote)
         __atomic_store_n(&remote->home_moves, 0, __ATOMIC_RELEASE);
 }
 
-/* Somebody holds home_moves. */
-static void look(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid, uint64_t now_ns)
+/* Somebody holds home_moves. Whether the helper has moved. */
+static int look(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid, uint64_t now_ns)
 {
     int knows = tid && !has_crowd(ft, now_ns);
     int32_t home = knows ? home_for(ft, remote, tid, cpu_of(remote->status->pid, tid)) : HOME_ANYWHERE;
+    uint64_t far_ns = __atomic_exchange_n(&remote->home_far_ns, 0, __ATOMIC_RELAXED);
+    int has_moved = home != remote->home_cpu;
 
     __atomic_store_n(&remote->home_tid, tid, __ATOMIC_RELAXED);
     __atomic_store_n(&remote->home_look_ns, now_ns, __ATOMIC_RELAXED);
-    if (home != remote->home_cpu)
+    if (has_moved) {
+        int has_stayed = (far_ns ? far_ns : now_ns) - remote->home_since_ns > HOME_STAY_NS;
+        __atomic_store_n(&remote->home_in_vain, has_stayed ? 0 : remote->home_in_vain + 1, __ATOMIC_RELAXED);
+        remote->home_since_ns = now_ns;
         move_home(ft, remote, home);
+    }
     __atomic_store_n(&remote->home_fault_ns, clock_ns(), __ATOMIC_RELAXED); /* a look is no pause of the helper's */
+    return has_moved;
 }
 
 void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid)
@@ -182,73 +190,78 @@ void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_
 
     if (!due || __atomic_exchange_n(&remote->home_moves, 1, __ATOMIC_ACQUIRE))
         return;
-    look(ft, remote, tid, now_ns);
+    (void)look(ft, remote, tid, now_ns);
     if (!is_beside || has_threads || since_ns > HOME_LOOK_NS)
         __atomic_store_n(&remote->home_faults, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&remote->home_moves, 0, __ATOMIC_RELEASE);
 }
 
-int home_may_leave(const struct fault_worker *worker, const struct remote_fd *remote, uint64_t now_ns)
+int home_may_leave(const struct fault_worker *worker, const struct remote_fd *remote, uint32_t tid, uint64_t now_ns)
 {
     int is_here = worker->cpu >= 0 && __atomic_load_n(&remote->home_cpu, __ATOMIC_RELAXED) == worker->cpu;
 
-    return is_here && !is_beside_others(worker->ft, now_ns);
+    return is_here && tid == __atomic_load_n(&remote->home_tid, __ATOMIC_RELAXED) &&
+           !is_beside_others(worker->ft, now_ns);
 }
 
-void home_note_wake(struct fault_worker *worker, const struct remote_fd *remote, uint32_t tid, uint64_t since_ns)
+static uint64_t pause_after(uint32_t in_vain)
 {
-    uint64_t now_ns = clock_ns(), look_ns = __atomic_load_n(&remote->home_look_ns, __ATOMIC_RELAXED);
-    int is_far = now_ns - since_ns > HOME_FAR_WAKE_NS && now_ns - look_ns > HOME_SETTLED_NS;
-    worker->left_id = is_far ? remote->id : 0;
-    worker->left_tid = tid;
+    uint64_t pause_ns = HOME_PAUSE_NS;
+
+    for (uint32_t i = HOME_IN_VAIN; i < in_vain && pause_ns < HOME_LOOK_NS; i++)
+        pause_ns *= 2;
+    return pause_ns;
 }
 
-/* It has left a home to which it was followed. */
-static void learn(struct remote_fd *remote, uint64_t stayed_ns)
+void home_note_wake(struct fault_worker *worker, struct remote_fd *remote, uint64_t since_ns)
 {
-    if (stayed_ns > HOME_STAY_NS)
-        remote->home_skips /= 2;
-    else if (remote->home_skips < HOME_SKIPS_MAX)
-        remote->home_skips = remote->home_skips ? 2 * remote->home_skips : 1;
-    remote->home_skips_left = remote->home_skips;
-    remote->home_followed_ns = 0;
+    uint64_t now_ns = clock_ns();
+    uint64_t looked_ns = now_ns - __atomic_load_n(&remote->home_look_ns, __ATOMIC_RELAXED);
+
+    worker->left_id = 0;
+    if (now_ns - since_ns <= HOME_FAR_WAKE_NS)
+        return;
+    if (!__atomic_load_n(&remote->home_far_ns, __ATOMIC_RELAXED))
+        __atomic_store_n(&remote->home_far_ns, now_ns, __ATOMIC_RELAXED);
+    if (looked_ns > pause_after(__atomic_load_n(&remote->home_in_vain, __ATOMIC_RELAXED)))
+        worker->left_id = remote->id;
 }
 
-/* Somebody holds home_moves. Whether it went to another fault thread's CPU. */
-static int follow(struct fault_worker *worker, struct remote_fd *remote, uint64_t now_ns)
+static int is_elsewhere(const struct fault_worker *worker, const struct remote_fd *remote)
 {
-    if (remote->home_followed_ns)
-        learn(remote, now_ns - remote->home_followed_ns);
-    if (remote->home_skips_left) {
-        remote->home_skips_left--;
-        return 0;
-    }
-    look(worker->ft, remote, worker->left_tid, now_ns);
-    if (remote->home_cpu == worker->cpu || remote->home_cpu == HOME_ANYWHERE)
-        return 0;
-    remote->home_followed_ns = now_ns;
-    return 1;
+    int32_t home = __atomic_load_n(&remote->home_cpu, __ATOMIC_RELAXED);
+
+    return home != HOME_ANYWHERE && home != worker->cpu;
 }
 
 struct remote_fd *home_follow(struct fault_worker *worker)
 {
     struct remote_fd *remote = remote_by_id(worker->ft, worker->left_id);
+    uint64_t now_ns = clock_ns();
+    int has_left = 0;
 
     if (!remote)
         return NULL;
     if (!__atomic_exchange_n(&remote->home_moves, 1, __ATOMIC_ACQUIRE)) {
-        int has_left = follow(worker, remote, clock_ns());
+        if (home_may_leave(worker, remote, remote->home_tid, now_ns)) { /* nobody has looked meanwhile */
+            if (!look(worker->ft, remote, remote->home_tid, now_ns))
+                __atomic_add_fetch(&remote->home_in_vain, 1, __ATOMIC_RELAXED);
+            has_left = is_elsewhere(worker, remote);
+        }
         __atomic_store_n(&remote->home_moves, 0, __ATOMIC_RELEASE);
-        if (has_left)
-            return remote;
     }
+    if (has_left)
+        return remote;
     remote_fd_put(remote);
     return NULL;
 }
 
-int home_keeps_awake(const struct remote_fd *remote, uint64_t left_ns, uint64_t now_ns)
+int home_keeps_awake(const struct fault_worker *worker, const struct remote_fd *remote, uint64_t left_ns,
+                     uint64_t now_ns)
 {
     uint64_t fault_ns = __atomic_load_n(&remote->home_fault_ns, __ATOMIC_RELAXED);
+    int faults = fault_ns > now_ns || now_ns - fault_ns < HOME_AWAKE_FAULT_NS;
 
-    return now_ns - left_ns < HOME_AWAKE_NS && (fault_ns > now_ns || now_ns - fault_ns < HOME_AWAKE_FAULT_NS);
+    return now_ns - left_ns < HOME_AWAKE_NS && faults && is_elsewhere(worker, remote) &&
+           !is_beside_others(worker->ft, now_ns);
 }

@@ -30,7 +30,7 @@ enum {
 /* What an epoll event is about; the low half of its data is a remote fd's id, or the index of a channel's block. */
 enum { POLL_QUIT = 0, POLL_UFFD = 1, POLL_CONTROL = 2, POLL_CHANNEL = 3 };
 enum { POLL_KIND_SHIFT = 32 };
-enum { ASKER_ANY = -1 };
+enum { TAKER_ANY = -1 };
 
 /* Pages that the stream asks for first: see stream_replay.h. */
 struct replay_run {
@@ -67,10 +67,10 @@ struct served_block {
     int complete;
     int gaps_told;
     int late;            /* something takes too long: the stream's thread's */
-    int32_t asker;       /* the only fault thread that polls the channel; ASKER_ANY: a few do. The next two as well: */
-    uint32_t asked_last; /* fault_home.c's: who asked last, and how often in a row */
+    int32_t taker;       /* the only fault thread that polls the channel; TAKER_ANY: a few do. fault_home.c's, as are */
+    uint32_t asked_last; /* who asked last, */
     uint32_t asked_in_a_row;
-    int asker_moves; /* somebody is at it */
+    int taker_moves; /* and that somebody is changing the taker */
     uint64_t foreign_told;
     uint64_t progress_told;
     uint32_t stream_window_max;
@@ -103,7 +103,7 @@ struct fault_worker {
     uint32_t epoch_seen;
     int awaits_answer; /* this and the next two: fault_wait.c's */
     uint32_t skips, skips_left;
-    uint32_t left_id, left_tid; /* fault_home.c's: a remote fd that may have left this CPU, 0: none; and which thread */
+    uint32_t left_id;        /* fault_home.c's: a remote fd that may have left this CPU; 0: none */
     uint64_t crowd_spent_ns; /* on crowds, since it last slept or let them rest; this to n_resting: fault_crowd.c's */
     uint64_t crowd_rest_end_ns;
     uint32_t resting[CROWDS_RESTING_MAX]; /* remote fds that it does not poll until then */
@@ -156,9 +156,10 @@ struct fault_threads {
 /* fault_thread.c */
 int start_polling(struct fault_threads *ft, struct remote_fd *remote);
 void stop_polling(struct fault_threads *ft, int fd);
-/* Every worker knows the block's channel, if it has something to poll, and a few poll it. */
+/* A few workers poll the block's channel, if it has something to poll. */
 int start_polling_channel(struct fault_threads *ft, struct served_block *served);
-/* Whether a worker polls a remote fd's uffd that was added; without effect on one that was taken away. */
+/* Whether a worker polls a remote fd's uffd that was added, or a block's channel; without effect on one that was not,
+ * or was taken away. */
 void change_polling(struct fault_worker *worker, struct remote_fd *remote, int polls);
 void change_polling_channel(struct fault_worker *worker, struct served_block *served, int polls);
 void stop_polling_control(struct fault_threads *ft, struct remote_fd *remote);
@@ -190,19 +191,22 @@ struct served_block *served_block_of(struct fault_threads *ft, const struct ramb
 void follow_uffd(struct fault_worker *worker, struct remote_fd *remote, uint32_t most, uint64_t now_ns);
 
 /* fault_home.c */
-/* Whether this worker polls what belongs to no CPU: channels, and the uffds of helpers that have no home. A few do. */
+/* Whether this worker polls what belongs to no CPU: channels that nobody takes alone, and the uffds of helpers that
+ * have no home. A few do. */
 int polls_anywhere(const struct fault_worker *worker);
 /* A thread of the helper has faulted and been answered: now and then looks where it runs. */
 void home_note_fault(struct fault_threads *ft, struct remote_fd *remote, uint32_t tid);
-/* Whether the helper is at home on the worker's CPU, and to be followed where it is woken on another one. */
-int home_may_leave(const struct fault_worker *worker, const struct remote_fd *remote, uint64_t now_ns);
-/* It may, and its thread was woken, which began then. */
-void home_note_wake(struct fault_worker *worker, const struct remote_fd *remote, uint32_t tid, uint64_t since_ns);
+/* Whether the helper's thread is at home on the worker's CPU, and to be followed where it is woken on another one. */
+int home_may_leave(const struct fault_worker *worker, const struct remote_fd *remote, uint32_t tid, uint64_t now_ns);
+/* It may, and was woken, which began then. */
+void home_note_wake(struct fault_worker *worker, struct remote_fd *remote, uint64_t since_ns);
 /* Looks where that helper went, if there is one. Counted, if it has its home elsewhere now; else NULL. */
 struct remote_fd *home_follow(struct fault_worker *worker);
-/* Whether the CPU that it left then is not to sleep: it would be woken there next, and fault there. */
-int home_keeps_awake(const struct remote_fd *remote, uint64_t left_ns, uint64_t now_ns);
-/* The worker has asked the block's source, whose answers are polled for. Whether it is who polls for them. */
+/* Whether the worker's CPU, which it left then, is not to sleep: it would be woken here next, and fault here. */
+int home_keeps_awake(const struct fault_worker *worker, const struct remote_fd *remote, uint64_t left_ns,
+                     uint64_t now_ns);
+/* Faults on the block were dealt with while answers are awaited: the worker is taken for who asked its source. Whether
+ * it polls for the answers. */
 int home_note_asked(struct fault_worker *worker, struct served_block *served);
 /* The worker had stopped polling the remote fd's uffd: it polls again, unless only others shall. */
 void home_poll_again(struct fault_worker *worker, struct remote_fd *remote);
@@ -271,6 +275,9 @@ void lose_page(struct fault_threads *ft, struct served_block *served, uint64_t p
 int checked_result(const struct ramblock *block, const struct page_request *request, int result);
 /* How many bytes of [page, page + n) the source holds; the rest of the last page is zeros. */
 uint64_t source_length(const struct ramblock *block, uint64_t page, uint64_t n);
+/* Of a buffer of end bytes those from length on, which are none mostly: then the C library's AVX-512 memset would take
+ * 0.15 us where the page behind it is not there yet. */
+void zero_tail(uint8_t *bytes, uint64_t length, uint64_t end);
 /* The page did not come: whoever waits goes on waiting, visibly, or is told by a poison mark. */
 void page_failed(struct fault_threads *ft, struct served_block *served, uint64_t page, int error, uint32_t kind);
 

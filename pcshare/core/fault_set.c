@@ -186,6 +186,8 @@ int fault_threads_add_block(struct fault_threads *ft, struct ramblock *block, st
     served->block = block;
     served->channel = channel;
     served->pushes = channel->pushes;
+    served->taker = TAKER_ANY;
+    served->taker_moves = 1; /* until it is polled */
     served->on_source_loss = on_source_loss;
     served->stream_window = served->stream_window_max = channel->stream_piece_count;
     int rc = working_set_add_block(ft, block);

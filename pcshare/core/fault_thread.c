@@ -62,7 +62,8 @@ void stop_polling_control(struct fault_threads *ft, struct remote_fd *remote)
 }
 
 /* Every worker knows every uffd, and those poll it that shall; one of them reads the control sockets. Before there is a
- * worker: when they start. A fault may wait already, and must give the helper no home before all workers know it. */
+ * worker: when they start. A fault may wait already, and must give the helper no home before all workers know it. Nor
+ * must a channel have a taker before all know it that may. */
 int start_polling(struct fault_threads *ft, struct remote_fd *remote)
 {
     int rc = 0;
@@ -80,11 +81,11 @@ int start_polling_channel(struct fault_threads *ft, struct served_block *served)
 {
     int fd = page_channel_poll_fd(served->channel), rc = 0;
 
-    __atomic_store_n(&served->asker_moves, 1, __ATOMIC_RELEASE);
-    served->asker = ASKER_ANY;
     for (uint32_t i = 0; fd >= 0 && rc == 0 && i < ft->n_workers; i++)
-        rc = add_fd(&ft->workers[i], fd, POLL_CHANNEL, served->block->index, polls_anywhere(&ft->workers[i]));
-    __atomic_store_n(&served->asker_moves, 0, __ATOMIC_RELEASE);
+        if (polls_anywhere(&ft->workers[i]))
+            rc = poll_fd(&ft->workers[i], fd, POLL_CHANNEL, served->block->index);
+    if (ft->n_workers)
+        __atomic_store_n(&served->taker_moves, 0, __ATOMIC_RELEASE);
     return rc;
 }
 

@@ -27,7 +27,7 @@ void wait_note_fault(struct fault_worker *worker, const struct remote_fd *remote
         return;
     }
     struct served_block *served = served_block_of(worker->ft, remote->block);
-    int is_polled_for = served && page_channel_poll_fd(served->channel) >= 0;
+    int is_polled_for = served && !served->pushes && page_channel_poll_fd(served->channel) >= 0;
     worker->awaits_answer = is_polled_for && home_note_asked(worker, served);
 }
 
@@ -35,7 +35,8 @@ void wait_note_fault(struct fault_worker *worker, const struct remote_fd *remote
  * of one, and while the others take their time the CPU is for whom it woke. */
 void wait_note_answer(struct fault_worker *worker)
 {
-    worker->awaits_answer = __atomic_load_n(&worker->ft->demand_in_flight, __ATOMIC_RELAXED) == 1;
+    if (__atomic_load_n(&worker->ft->demand_in_flight, __ATOMIC_RELAXED) == 1)
+        worker->awaits_answer = 1;
 }
 
 static int has_answer(const struct epoll_event *events, int n)
@@ -76,7 +77,7 @@ static int sleep_until(struct fault_worker *worker, struct epoll_event *events, 
 
 /* A helper whose thread was woken on another CPU is followed there, and does not see this one idle for a while. What is
  * runnable here goes first. */
-static int follow(struct fault_worker *worker, struct epoll_event *events, int most)
+static int stay_awake(struct fault_worker *worker, struct epoll_event *events, int most)
 {
     int n = epoll_wait(worker->epoll_fd, events, most, 0); /* it may have faulted again, here */
     struct remote_fd *remote = n == 0 ? home_follow(worker) : NULL;
@@ -84,7 +85,7 @@ static int follow(struct fault_worker *worker, struct epoll_event *events, int m
     if (!remote)
         return n;
     uint64_t left_ns = clock_ns();
-    while (n == 0 && home_keeps_awake(remote, left_ns, clock_ns())) {
+    while (n == 0 && home_keeps_awake(worker, remote, left_ns, clock_ns())) {
         sched_yield();
         n = epoll_wait(worker->epoll_fd, events, most, 0);
     }
@@ -100,6 +101,7 @@ int wait_for_events(struct fault_worker *worker, struct epoll_event *events, int
         crowd_end_turn(worker);
     if (worker->n_resting) { /* no look for an answer: the CPU is for others now */
         worker->awaits_answer = 0;
+        worker->left_id = 0;
         return sleep_until(worker, events, most, worker->crowd_rest_end_ns);
     }
     if (worker->awaits_answer && worker->skips_left == 0)
@@ -113,7 +115,7 @@ int wait_for_events(struct fault_worker *worker, struct epoll_event *events, int
             crowd_end_turn(worker); /* it is not too fast */
     }
     if (n == 0 && worker->left_id)
-        n = follow(worker, events, most);
+        n = stay_awake(worker, events, most);
     worker->left_id = 0;
     return n != 0 ? n : epoll_wait(worker->epoll_fd, events, most, -1);
 }

@@ -58,13 +58,14 @@ struct remote_fd {
     int32_t home_cpu;  /* the only CPU whose fault thread polls it; -1: a few do. The home_ fields are fault_home.c's */
     uint32_t home_tid; /* who faulted when somebody looked last */
     uint64_t home_look_ns;
-    uint64_t home_fault_ns;               /* the last fault */
-    uint32_t home_faults;                 /* since the last look */
-    int home_moves;                       /* somebody is at it: the next two are whoever's that is */
-    uint64_t home_followed_ns;            /* when it was followed to its home; 0: it was not, or has left it */
-    uint32_t home_skips, home_skips_left; /* how often it is not, since it did not stay */
-    uint64_t crowd_window_ns;             /* the crowd_ fields are fault_crowd.c's */
-    uint64_t crowd_threads;               /* that faulted since then, a bit each */
+    uint64_t home_fault_ns;   /* the last fault */
+    uint32_t home_faults;     /* since the last look */
+    int home_moves;           /* somebody is at it */
+    uint64_t home_since_ns;   /* when it moved there; of whoever is at it */
+    uint64_t home_far_ns;     /* the first wake-up since the last look that took long; 0: none yet */
+    uint32_t home_in_vain;    /* how often it was followed so, in a row */
+    uint64_t crowd_window_ns; /* the crowd_ fields are fault_crowd.c's */
+    uint64_t crowd_threads;   /* that faulted since then, a bit each */
     uint64_t crowd_until_ns;
     uint64_t crowd_drain_ns; /* when all that waits is to be read next */
     struct status_helper *status;

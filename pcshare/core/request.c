@@ -31,6 +31,12 @@ uint64_t source_length(const struct ramblock *block, uint64_t page, uint64_t n)
     return offset + length > block->used_length ? block->used_length - offset : length;
 }
 
+void zero_tail(uint8_t *bytes, uint64_t length, uint64_t end)
+{
+    if (length < end)
+        memset(bytes + length, 0, end - length);
+}
+
 /* ---- ends of a wait ---- */
 
 static void record_blocktime(struct fault_threads *ft, const struct remote_fd *remote, uint64_t start_ns)
@@ -329,8 +335,7 @@ int place_at_hand(struct fault_worker *worker, struct served_block *served, uint
     int rc = page_channel_read_now(served->channel, worker->staging, length, page * block->page_size);
     if (rc != PAGE_CHANNEL_DONE)
         return NOT_AT_HAND; /* an error too: asked the slow way, it is told in one place */
-    if (length < n * block->page_size)
-        memset(worker->staging + length, 0, n * block->page_size - length);
+    zero_tail(worker->staging, length, n * block->page_size);
     return ramblock_place(block, page, n, worker->staging, placedp);
 }
 
@@ -481,10 +486,10 @@ static void bring_page(struct fault_threads *ft, struct fault_worker *worker, st
 
     credit_helper(ft, remote->id, placed > 0);
     if (rc == RAMBLOCK_PLACED && ramblock_is_received(served->block, page)) {
-        uint64_t wake_ns = home_may_leave(worker, remote, now_ns) ? clock_ns() : 0;
+        uint64_t wake_ns = home_may_leave(worker, remote, tid, now_ns) ? clock_ns() : 0;
         wake_remote(remote, page);
         if (wake_ns)
-            home_note_wake(worker, remote, tid, wake_ns);
+            home_note_wake(worker, remote, wake_ns);
         record_blocktime(ft, remote, now_ns);
     } else {
         int what = !is_at_hand ? WAIT_ASKS : rc < 0 ? WAIT_RESUMES : WAIT_JOINS;

@@ -474,7 +474,7 @@ static void finish_piece(struct fault_threads *ft, struct stream_piece *piece)
         credit_helper(ft, piece->asker, request->n_pages);
         return;
     }
-    memset(request->bytes + request->length, 0, request->n_pages * block->page_size - request->length);
+    zero_tail(request->bytes, request->length, request->n_pages * block->page_size);
     rc = ramblock_place(block, request->page, request->n_pages, request->bytes, &placed);
     if (rc >= 0)
         bitmap_clear_range(block->requested, request->page, request->page + request->n_pages);

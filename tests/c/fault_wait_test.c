@@ -32,7 +32,7 @@ static uint64_t now_ns, event_ns, event_data;
 static int poll_fd = 3, sleeps, looks, is_polled[HELPERS], is_gone[HELPERS], n_held, beside_others = 1;
 static uint64_t next_fault_ns; /* of helper 1, whose faults others answer; 0: none */
 static struct remote_fd helpers[HELPERS];
-static struct served_block block_served = {.asker = ASKER_ANY};
+static struct served_block block_served = {.taker = TAKER_ANY};
 static int is_answer_polled[WORKERS] = {1, 0, 1, 0, 1, 0, 1, 0};
 
 uint64_t clock_ns(void)
@@ -77,7 +77,7 @@ void change_polling(struct fault_worker *worker, struct remote_fd *remote, int p
 
 void change_polling_channel(struct fault_worker *worker, struct served_block *served, int polls)
 {
-    CHECK(served == &block_served && worker->number < WORKERS);
+    CHECK(served == &block_served && worker->number < WORKERS && polls_anywhere(worker));
     is_answer_polled[worker->number] = polls;
 }
 
@@ -192,6 +192,9 @@ static void rest_of_an_answer_is_met_awake_too(void)
     threads.demand_in_flight = 2; /* what is in flight may be another page */
     wait_note_answer(&worker);
     CHECK(wait_for(POLL_CHANNEL, NEAR_NS) == 0 && sleeps == 1);
+    wait_note_fault(&worker, &remote); /* but who has asked, and in the same round met an answer, looks */
+    wait_note_answer(&worker);
+    CHECK(wait_for(POLL_CHANNEL, NEAR_NS) > 0 && sleeps == 0);
 }
 
 /* How many fault threads poll for answers; that one does. */
@@ -214,33 +217,57 @@ static void ask_as(uint32_t number, int times)
 static void who_asks_alone_takes_the_answers(void)
 {
     begin_workers();
+    beside_others = 0;
     ask_as(2, 5);
     CHECK(pollers_with(2) == WORKERS / 2 && threads.workers[2].awaits_answer);
     ask_as(2, FAULTS);
     CHECK(pollers_with(2) == 1 && threads.workers[2].awaits_answer);
     ask_as(1, 1); /* at once: nobody shall wait for the other */
-    CHECK(pollers_with(0) == WORKERS / 2 && !is_answer_polled[1] && !threads.workers[1].awaits_answer);
-    ask_as(1, FAULTS);
-    CHECK(pollers_with(1) == 1 && threads.workers[1].awaits_answer);
+    CHECK(pollers_with(0) == WORKERS / 2 && !threads.workers[1].awaits_answer);
+    ask_as(1, FAULTS); /* it polls for no answers */
+    CHECK(pollers_with(0) == WORKERS / 2 && !threads.workers[1].awaits_answer);
     for (int i = 0; i < FAULTS; i++) {
-        ask_as(1, 5);
+        ask_as(2, 5);
         ask_as(4, 5);
         CHECK(pollers_with(4) == WORKERS / 2);
     }
 }
 
+static void nobody_takes_answers_alone_beside_others(void)
+{
+    begin_workers();
+    ask_as(2, FAULTS);
+    CHECK(pollers_with(2) == WORKERS / 2 && threads.workers[2].awaits_answer);
+    beside_others = 0;
+    ask_as(2, 1);
+    CHECK(pollers_with(2) == 1);
+    beside_others = 1;
+    ask_as(2, 1);
+    CHECK(pollers_with(2) == WORKERS / 2 && threads.workers[2].awaits_answer);
+}
+
 static void nobody_takes_answers_from_who_is_changing_that(void)
 {
     begin_workers();
-    block_served.asker_moves = 1;
+    beside_others = 0;
+    block_served.taker_moves = 1; /* as until all know the channel */
     ask_as(2, FAULTS);
     CHECK(pollers_with(2) == WORKERS / 2 && threads.workers[2].awaits_answer);
-    block_served.asker_moves = 0;
+    block_served.taker_moves = 0;
     ask_as(2, 1);
     CHECK(pollers_with(2) == 1);
-    block_served.asker_moves = 1;
+    block_served.taker_moves = 1;
     ask_as(4, 1);
     CHECK(pollers_with(2) == 1 && !threads.workers[4].awaits_answer);
+}
+
+static void nobody_looks_for_answers_of_a_source_that_pushes(void)
+{
+    begin_workers();
+    beside_others = 0;
+    block_served.pushes = 1;
+    ask_as(2, FAULTS);
+    CHECK(pollers_with(2) == WORKERS / 2 && !threads.workers[2].awaits_answer);
 }
 
 static void far_answers_are_hardly_ever_looked_for(void)
@@ -509,7 +536,14 @@ static void crowd_is_drained_now_and_then(void)
 
 /* ---- a helper that leaves the CPU ---- */
 
-enum { FAR_WAKE_NS = 8000, NEAR_WAKE_NS = 1500, AWAKE_NS = 4000000, AWAKE_FAULT_NS = 100000 };
+enum {
+    FAR_WAKE_NS = 8000,
+    NEAR_WAKE_NS = 1500,
+    AWAKE_NS = 4000000,
+    AWAKE_FAULT_NS = 200000,
+    LONG_NS = 100000000,
+    OTHERS_TID = 1
+};
 
 static struct status_helper status;
 static int32_t here; /* the CPU that this runs on: the helper's, whenever somebody looks */
@@ -531,24 +565,41 @@ static void begin_leaving(void)
     threads.workers[1].cpu = here;
     status.pid = (uint32_t)getpid();
     helpers[1].status = &status;
+    helpers[1].home_tid = status.pid;
     helpers[1].home_cpu = here + 1;
 }
 
-/* The first fault thread wakes the helper's thread, which takes so long, and waits for something that comes so much
- * later. How long it stayed awake. */
-static uint64_t wake_and_wait(uint64_t wake_ns, uint64_t later_ns)
+static void note_wake(uint32_t tid, uint64_t wake_ns)
+{
+    if (!home_may_leave(&threads.workers[0], &helpers[1], tid, now_ns))
+        return;
+    now_ns += wake_ns;
+    home_note_wake(&threads.workers[0], &helpers[1], now_ns - wake_ns);
+}
+
+/* The first fault thread waits for something that comes so much later. How long it stayed awake. */
+static uint64_t wait_awake(uint64_t later_ns)
 {
     struct epoll_event events[4];
-    uint64_t begin_ns = now_ns += wake_ns;
 
-    if (home_may_leave(&threads.workers[0], &helpers[1], begin_ns - wake_ns))
-        home_note_wake(&threads.workers[0], &helpers[1], (uint32_t)getpid(), begin_ns - wake_ns);
     looks = sleeps = 0;
     event_data = (uint64_t)POLL_CONTROL << POLL_KIND_SHIFT;
     event_ns = now_ns + later_ns;
     CHECK(wait_for_events(&threads.workers[0], events, 4) == 1 && n_held == 0);
-    CHECK(!helpers[1].home_moves);
+    CHECK(!helpers[1].home_moves && !threads.workers[0].left_id);
     return (uint64_t)looks * LOOK_NS;
+}
+
+/* It wakes the helper's thread before, which takes so long. */
+static uint64_t wake_and_wait(uint64_t wake_ns, uint64_t later_ns)
+{
+    note_wake(status.pid, wake_ns);
+    return wait_awake(later_ns);
+}
+
+static int is_followed(void)
+{
+    return helpers[1].home_cpu == here;
 }
 
 static void come_back(void)
@@ -560,32 +611,40 @@ static void come_back(void)
 static void who_was_woken_on_another_cpu_is_followed(void)
 {
     begin_leaving();
-    CHECK(wake_and_wait(NEAR_WAKE_NS, FAR_NS) == 0 && sleeps == 1 && helpers[1].home_cpu == here + 1);
+    CHECK(wake_and_wait(NEAR_WAKE_NS, FAR_NS) == 0 && sleeps == 1 && !is_followed());
     uint64_t awake_ns = wake_and_wait(FAR_WAKE_NS, FAR_NS); /* it does not fault again */
-    CHECK(helpers[1].home_cpu == here && sleeps == 1);
-    CHECK(awake_ns >= AWAKE_FAULT_NS && awake_ns < 2 * AWAKE_FAULT_NS);
+    CHECK(is_followed() && sleeps == 1 && awake_ns >= AWAKE_FAULT_NS && awake_ns < 2 * AWAKE_FAULT_NS);
     CHECK(wake_and_wait(FAR_WAKE_NS, FAR_NS) == 0); /* it is not at home here */
     come_back();
     next_fault_ns = now_ns;
     awake_ns = wake_and_wait(FAR_WAKE_NS, 2 * AWAKE_NS);
-    CHECK(sleeps == 1 && awake_ns >= AWAKE_NS && awake_ns < 2 * AWAKE_NS);
+    CHECK(is_followed() && sleeps == 1 && awake_ns >= AWAKE_NS && awake_ns < 2 * AWAKE_NS);
     come_back();
     awake_ns = wake_and_wait(FAR_WAKE_NS, FAR_NS); /* what happens first ends it */
-    CHECK(sleeps == 0 && awake_ns >= FAR_NS && awake_ns < 2 * FAR_NS);
+    CHECK(is_followed() && sleeps == 0 && awake_ns >= FAR_NS && awake_ns < 2 * FAR_NS);
 }
 
 static void who_is_still_here_is_not_followed(void)
 {
     begin_leaving();
-    CHECK(wake_and_wait(FAR_WAKE_NS, 0) == LOOK_NS && helpers[1].home_cpu == here + 1); /* it has faulted here */
+    CHECK(wake_and_wait(FAR_WAKE_NS, 0) == LOOK_NS && !is_followed()); /* it has faulted here */
     threads.workers[0].cpu = helpers[1].home_cpu = here;
     threads.workers[1].cpu = here + 1;
-    CHECK(wake_and_wait(FAR_WAKE_NS, FAR_NS) == LOOK_NS && sleeps == 1 && helpers[1].home_cpu == here);
-    threads.workers[0].cpu = here + 1; /* the wake-up was a late one of a thread that had slept */
-    threads.workers[1].cpu = here;
-    helpers[1].home_cpu = here + 1;
-    helpers[1].home_look_ns = now_ns;
-    CHECK(wake_and_wait(FAR_WAKE_NS, FAR_NS) == 0 && helpers[1].home_cpu == here + 1);
+    CHECK(wake_and_wait(FAR_WAKE_NS, FAR_NS) == LOOK_NS && sleeps == 1 && is_followed());
+    int n_looked = 0;
+    for (int i = 0; i < MANY; i++) { /* each wake-up takes long: a look costs more than it brings */
+        uint64_t looked_ns = helpers[1].home_look_ns;
+        (void)wake_and_wait(FAR_WAKE_NS, FAULT_NS);
+        n_looked += helpers[1].home_look_ns != looked_ns;
+    }
+    CHECK(n_looked > 10 && n_looked < 30);
+}
+
+static void other_threads_of_it_are_not_followed(void)
+{
+    begin_leaving();
+    note_wake(OTHERS_TID, FAR_WAKE_NS);
+    CHECK(wait_awake(FAR_NS) == 0 && !is_followed());
 }
 
 static void who_has_nowhere_to_go_is_not_waited_for(void)
@@ -601,14 +660,39 @@ static void nobody_is_followed_beside_others(void)
 {
     begin_leaving();
     beside_others = 1;
-    CHECK(wake_and_wait(FAR_WAKE_NS, FAR_NS) == 0 && helpers[1].home_cpu == here + 1);
+    CHECK(wake_and_wait(FAR_WAKE_NS, FAR_NS) == 0 && !is_followed());
     beside_others = 0;
+    note_wake(status.pid, FAR_WAKE_NS);
+    beside_others = 1; /* meanwhile */
+    CHECK(wait_awake(FAR_NS) == LOOK_NS && sleeps == 1 && !is_followed());
+}
+
+static void who_moves_meanwhile_or_is_gone_is_not_followed(void)
+{
+    begin_leaving();
+    note_wake(status.pid, FAR_WAKE_NS);
     helpers[1].home_moves = 1; /* somebody looks already */
-    home_note_wake(&threads.workers[0], &helpers[1], 1, now_ns - FAR_WAKE_NS);
-    CHECK(!home_follow(&threads.workers[0]) && helpers[1].home_cpu == here + 1);
+    CHECK(!home_follow(&threads.workers[0]) && !is_followed());
     helpers[1].home_moves = 0;
+    helpers[1].home_cpu = here + 2; /* and has found it */
+    CHECK(!home_follow(&threads.workers[0]) && !is_followed());
     is_gone[1] = 1;
     CHECK(!home_follow(&threads.workers[0]) && n_held == 0);
+}
+
+static void reason_to_stay_awake_may_go(void)
+{
+    begin_leaving();
+    helpers[1].home_cpu = here;
+    helpers[1].home_fault_ns = now_ns;
+    CHECK(home_keeps_awake(&threads.workers[0], &helpers[1], now_ns, now_ns));
+    beside_others = 1;
+    CHECK(!home_keeps_awake(&threads.workers[0], &helpers[1], now_ns, now_ns));
+    beside_others = 0;
+    helpers[1].home_cpu = here + 1; /* it is back */
+    CHECK(!home_keeps_awake(&threads.workers[0], &helpers[1], now_ns, now_ns));
+    helpers[1].home_cpu = -1;
+    CHECK(!home_keeps_awake(&threads.workers[0], &helpers[1], now_ns, now_ns));
 }
 
 static void who_does_not_stay_is_followed_more_and_more_seldom(void)
@@ -617,17 +701,19 @@ static void who_does_not_stay_is_followed_more_and_more_seldom(void)
 
     begin_leaving();
     for (int i = 0; i < MANY; i++) {
-        CHECK(wake_and_wait(FAR_WAKE_NS, 2 * AWAKE_FAULT_NS) < 2 * AWAKE_FAULT_NS);
-        n_followed += helpers[1].home_cpu == here;
+        CHECK(wake_and_wait(FAR_WAKE_NS, FAULT_NS) <= FAULT_NS);
+        n_followed += is_followed();
         helpers[1].home_cpu = here + 1;
     }
-    CHECK(n_followed > 10 && n_followed < 20);
-    for (int i = 0; i < MANY; i++) { /* until it stays again */
-        now_ns += AWAKE_NS;
-        (void)wake_and_wait(FAR_WAKE_NS, 2 * AWAKE_FAULT_NS);
-        helpers[1].home_cpu = here + 1;
+    CHECK(n_followed > 10 && n_followed < 30);
+    for (int i = 0; i < 2; i++) { /* the second time it has stayed */
+        come_back();
+        CHECK(wake_and_wait(FAR_WAKE_NS, FAULT_NS) == 0 && !is_followed());
+        now_ns += LONG_NS;
+        CHECK(wake_and_wait(FAR_WAKE_NS, FAULT_NS) > 0 && is_followed());
     }
-    CHECK(wake_and_wait(FAR_WAKE_NS, 2 * AWAKE_FAULT_NS) > 0);
+    come_back();
+    CHECK(wake_and_wait(FAR_WAKE_NS, FAULT_NS) > 0 && is_followed());
 }
 
 #define CASE(name) {#name, name}
@@ -641,7 +727,9 @@ static const struct {
     CASE(source_whose_answers_are_not_polled_for_is_not_looked_for),
     CASE(rest_of_an_answer_is_met_awake_too),
     CASE(who_asks_alone_takes_the_answers),
+    CASE(nobody_takes_answers_alone_beside_others),
     CASE(nobody_takes_answers_from_who_is_changing_that),
+    CASE(nobody_looks_for_answers_of_a_source_that_pushes),
     CASE(far_answers_are_hardly_ever_looked_for),
     CASE(answers_that_come_soon_again_are_found_out),
     CASE(other_events_teach_nothing),
@@ -660,8 +748,11 @@ static const struct {
     CASE(crowd_is_drained_now_and_then),
     CASE(who_was_woken_on_another_cpu_is_followed),
     CASE(who_is_still_here_is_not_followed),
+    CASE(other_threads_of_it_are_not_followed),
     CASE(who_has_nowhere_to_go_is_not_waited_for),
     CASE(nobody_is_followed_beside_others),
+    CASE(who_moves_meanwhile_or_is_gone_is_not_followed),
+    CASE(reason_to_stay_awake_may_go),
     CASE(who_does_not_stay_is_followed_more_and_more_seldom),
 };
 
