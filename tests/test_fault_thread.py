@@ -208,7 +208,8 @@ def test_fault_thread_that_asks_alone_takes_the_answers(runtime_dir: Path, tmp_p
     """Others would only be woken by them. Whoever else asks takes some again."""
     cpus = sorted(os.sched_getaffinity(0))
     needs(None if len(cpus) > 1 else "two CPUs")
-    n, data_file = 4096, make_file(tmp_path, rng, 4096 * PAGE)
+    n, n_others = 4096, 512
+    data_file = make_file(tmp_path, rng, n * PAGE)
     with (
         nbdkit(tmp_path, "file", data_file) as server,
         serving(f"data={server.uri()}", stream_mode=LAZY, fault_threads=2, read_ahead=0) as served,
@@ -217,11 +218,12 @@ def test_fault_thread_that_asks_alone_takes_the_answers(runtime_dir: Path, tmp_p
         for helper in (one, other):
             helper.do("b = attach()")
         assert list(pollers_of(POLL_CHANNEL).values()) == [2]
-        touched = touch_on(one, cpus[0], 0, n // 2)
+        touched = [touch_on(one, cpus[0], 0, n - n_others)]
         wait_until(lambda: list(pollers_of(POLL_CHANNEL).values()) == [1], "one to ask for all")
-        touched.result()
-        touch_on(other, cpus[1], n // 2, n // 2 + 1).result()
+        touched.append(touch_on(other, cpus[1], n - n_others, n))
         wait_until(lambda: list(pollers_of(POLL_CHANNEL).values()) == [2], "both to take answers")
+        for each in touched:
+            each.result()
         assert one.do(f"read(b, 0, {n * PAGE})") == data_file.read_bytes()
 
 
