@@ -199,6 +199,46 @@ def test_pages_that_are_moved_and_stay_are_served_at_both_places(served: Serving
     assert helper.do("peek(at(21))") == content[21 * PAGE : 22 * PAGE]
 
 
+def waiting_in_faults(pid: int) -> int:
+    """Threads of a process whose faults nobody has read yet."""
+    found = 0
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        if os.readlink(link) == "anon_inode:[userfaultfd]":
+            text = Path(f"/proc/{pid}/fdinfo/{link.name}").read_text()
+            found += int(text.partition("pending:")[2].split()[0])
+    return found
+
+
+def test_fault_where_pages_were_moved_is_explained_by_the_event_behind_it_also_beside_others(
+    runtime_dir: Path, data_file: Path, content: bytes
+) -> None:
+    """Faults are handed out first, and beside others one by one: the address means nothing until the event is read."""
+    with (
+        coordinator(f"data={data_file}", options=["--stream=lazy", "--writable=data"]) as served,
+        contextlib.closing(HelperProcess(served.socket)) as mover,
+        contextlib.closing(HelperProcess(served.socket)) as other,
+    ):
+        for helper in (mover, other):
+            helper.do("b = attach(mode='rw')")
+        mover.do(ADDRESSES)
+        mover.do("to = libc.mmap(None, 4096, 1, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)")
+        other.do("read(b, 0)")  # it was the last one
+        os.kill(served.pid, signal.SIGSTOP)
+        try:
+            moved = mover.start("move(30, 1, to)")
+            touched = mover.start("while not any(found := peek(to)): pass\nfound")
+            wait_until(lambda: waiting_in_faults(mover.process.pid) == 1, "a fault at the new place")
+            beside = other.start(f"read(b, {8 * PAGE}, {PAGE})")
+            wait_until(lambda: waiting_in_faults(other.process.pid) == 1, "a fault of the other helper")
+            assert not moved.is_done()
+        finally:
+            os.kill(served.pid, signal.SIGCONT)
+        assert moved.result()
+        assert touched.result() == content[30 * PAGE : 31 * PAGE]
+        assert beside.result() == content[8 * PAGE : 9 * PAGE]
+        assert {helper.state for helper in served.status().helpers} == {"attached"}
+
+
 def test_thread_that_waits_for_a_page_gets_it_although_others_were_moved(
     runtime_dir: Path, data_file: Path, content: bytes
 ) -> None:
