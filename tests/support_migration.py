@@ -92,7 +92,7 @@ SCRIPT_TIMEOUT_S = 90.0
 class SourceBlock:
     """A block and its content, which is drawn from the seed: some pages are zero, a few one byte over and over.
 
-    todo: a byte for each target page, 1: it has to be sent. sent: 1: it was sent, with this content or an older one."""
+    unsent: a byte for each target page, 1: it has to be sent. sent: 1: it was, with this content or an older one."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class SourceBlock:
         self.page_size = page_size
         self.page_count = used_length // TARGET_PAGE
         self.memory = bytearray(used_length)
-        self.todo = bytearray(b"\1") * self.page_count
+        self.unsent = bytearray(b"\1") * self.page_count
         self.sent = bytearray(self.page_count)
         self._rng = random.Random(f"{seed}/{idstr}")
         self._writes = 0
@@ -132,28 +132,28 @@ class SourceBlock:
     def write(self, page: int, content: bytes) -> None:
         """The machine writes: the page has to be sent (again)."""
         self.memory[page * TARGET_PAGE : (page + 1) * TARGET_PAGE] = content
-        self.todo[page] = 1
+        self.unsent[page] = 1
 
     def scribble(self, page: int) -> None:
         """Writes something that was never in any page."""
         self._writes += 1
         self.write(page, (struct.pack("<QQ", page, self._writes) + self._rng.randbytes(48)) * (TARGET_PAGE // 64))
 
-    def make_todo_whole(self) -> None:
+    def make_unsent_whole(self) -> None:
         """In units of host pages, as a discard has to be."""
         step = self.host_page_targets
         for first in range(0, self.page_count, step):
-            if any(self.todo[first : first + step]):
-                self.todo[first : first + step] = b"\1" * step
+            if any(self.unsent[first : first + step]):
+                self.unsent[first : first + step] = b"\1" * step
 
-    def todo_ranges(self) -> Iterator[tuple[int, int]]:
+    def unsent_ranges(self) -> Iterator[tuple[int, int]]:
         """(start, length) in bytes."""
-        first = self.todo.find(1)
+        first = self.unsent.find(1)
         while first >= 0:
-            end = self.todo.find(0, first)
+            end = self.unsent.find(0, first)
             end = self.page_count if end < 0 else end
             yield first * TARGET_PAGE, (end - first) * TARGET_PAGE
-            first = self.todo.find(1, end)
+            first = self.unsent.find(1, end)
 
 
 # -- the source
@@ -316,7 +316,7 @@ class Source:
 
     def _record_of(self, link: Link, block: SourceBlock, page: int) -> bytes:
         content = block.page(page)
-        block.todo[page], block.sent[page] = 0, 1
+        block.unsent[page], block.sent[page] = 0, 1
         repeat = self._rng.random() < 0.05  # a name where none is needed
         idstr = None if link.last_idstr == block.idstr and not repeat else block.idstr
         link.last_idstr = block.idstr
@@ -356,7 +356,7 @@ class Source:
 
         A few pages are sent twice, first with a content that they no longer have."""
         for block, page in self._shuffled(
-            (b, p) for b in self.blocks.values() for p in range(b.page_count) if b.todo[p]
+            (b, p) for b in self.blocks.values() for p in range(b.page_count) if b.unsent[p]
         ):
             if self._rng.random() < share:
                 self.send_page(block, page)
@@ -370,7 +370,7 @@ class Source:
         """Sends the rest and the device state, and ends as a migration without post-copy does."""
         if self.with_switchover_start:
             self.say("switchover-start", command(11))
-        self._ram_end(self._shuffled((b, p) for b in self.blocks.values() for p in range(b.page_count) if b.todo[p]))
+        self._ram_end(self._shuffled((b, p) for b in self.blocks.values() for p in range(b.page_count) if b.unsent[p]))
         self.say("device-state", self.device_state)
         self.say("eof", b"\x00")
         if self.with_description:
@@ -403,8 +403,8 @@ class Source:
         self.main.flush()
 
     def _discard(self, block: SourceBlock) -> None:
-        block.make_todo_whole()
-        ranges = list(block.todo_ranges())
+        block.make_unsent_whole()
+        ranges = list(block.unsent_ranges())
         for first in range(0, len(ranges), DISCARD_RANGES):
             some = b"".join(struct.pack(">QQ", *pair) for pair in ranges[first : first + DISCARD_RANGES])
             self.say("discard", command(6, b"\0" + name(block.idstr) + b"\0" + some))
@@ -449,16 +449,16 @@ class Source:
         if answer.status:
             raise Refused(f"the receiver ends with {answer}")
 
-    def _has_todo(self) -> bool:
-        return any(1 in block.todo for block in self.blocks.values())
+    def _has_unsent(self) -> bool:
+        return any(1 in block.unsent for block in self.blocks.values())
 
     def _next(self) -> tuple[SourceBlock, int] | None:
         """The next host page for the main channel, after requests that came were served on the preempt channel."""
-        while self._has_todo():
+        while self._has_unsent():
             self._take_requests()
-            if not self._has_todo():
+            if not self._has_unsent():
                 break
-            if self._cursor and self._cursor[0].todo[self._cursor[1]]:
+            if self._cursor and self._cursor[0].unsent[self._cursor[1]]:
                 chosen, self._cursor = self._cursor, None
                 return chosen
             if not self._only_requested:
@@ -469,14 +469,14 @@ class Source:
 
     def _next_of_stream(self) -> tuple[SourceBlock, int]:
         """The page after the one that was sent last; now and then anywhere."""
-        blocks = [block for block in self.blocks.values() if 1 in block.todo]
+        blocks = [block for block in self.blocks.values() if 1 in block.unsent]
         block = next((b for b in blocks if b.idstr == self.main.last_idstr), blocks[0])
         start = self._stream_from.get(block.idstr, 0)
         if not self.in_order and self._rng.random() < 0.02:
             block = self._rng.choice(blocks)
             start = self._rng.randrange(block.page_count)
-        page = block.todo.find(1, start)
-        return block, block.todo.find(1) if page < 0 else page
+        page = block.unsent.find(1, start)
+        return block, block.unsent.find(1) if page < 0 else page
 
     def _take_requests(self) -> None:
         """Sends what was asked for on the preempt channel; without one, the first request is what comes next."""
@@ -486,7 +486,7 @@ class Source:
                     return
                 idstr, first, count = self.return_path.requests.popleft()
             block = self.blocks[idstr]
-            wanted = [page for page in range(first, first + count) if block.todo[page]]
+            wanted = [page for page in range(first, first + count) if block.unsent[page]]
             self.dropped_requests += count - len(wanted)
             self.requested_pages += len(wanted)
             if not wanted:
@@ -518,7 +518,7 @@ class Source:
         first = page // step * step
         self._begun = (block.idstr, first // step)
         for target in range(first, first + step):
-            assert block.todo[target], "a host page is sent whole"
+            assert block.unsent[target], "a host page is sent whole"
             self.send_page(block, target)
             if len(self.links) > 1 and step > 1 and target % 64 == 0:
                 self._take_requests()
@@ -588,10 +588,10 @@ class Source:
         for page in range(block.page_count):
             received = bitmap[page // 8] >> page % 8 & 1
             assert block.sent[page] or not received, f"page {page} of {block.idstr} was received but never sent"
-            block.todo[page] = 1 - received
-        whole = bytes(block.todo)
-        block.make_todo_whole()
-        assert whole == block.todo, f"half a host page of {block.idstr} was received"
+            block.unsent[page] = 1 - received
+        whole = bytes(block.unsent)
+        block.make_unsent_whole()
+        assert whole == block.unsent, f"half a host page of {block.idstr} was received"
 
     def resume(self) -> None:
         self.say("resume", command(9))

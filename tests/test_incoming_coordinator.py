@@ -214,7 +214,7 @@ def test_pages_that_never_came_are_no_good_end(scene: Scene) -> None:
     def script(source: Source) -> None:
         source.connect()
         source.precopy(share=0.5)
-        source.blocks[RAM].todo[:] = bytes(N_PAGES)
+        source.blocks[RAM].unsent[:] = bytes(N_PAGES)
         with pytest.raises(Refused):
             source.finish_precopy()
 

@@ -107,7 +107,7 @@ def test_death_in_postcopy(scene: Scene, preempt: Preempt, share: float) -> None
             with pytest.raises(HungUp):
                 source.postcopy()
             recover(scene, source, before)
-            lacking.append(sum(source.blocks[RAM].todo))
+            lacking.append(sum(source.blocks[RAM].unsent))
         source.rate_bytes_s = None
         source.postcopy()
         source.finish()
