@@ -11,7 +11,6 @@
 
 #include <errno.h>
 #include <stdlib.h>
-#include <string.h>
 
 struct demand {
     struct demand *next; /* of those that have a place, in the order of asking */
@@ -268,7 +267,7 @@ static int place_answer(struct demand *demand, uint64_t *placedp)
     struct ramblock *block = demand->served->block;
     uint64_t placed_alone;
 
-    zero_tail(request->bytes, request->length, request->n_pages * block->page_size);
+    page_channel_zero_tail(request->bytes, request->length, request->n_pages * block->page_size);
     int rc = ramblock_place(block, request->page, request->n_pages, request->bytes, placedp);
     if (rc < 0 && request->n_pages > 1) {
         const uint8_t *bytes = request->bytes + (demand->page - request->page) * block->page_size;

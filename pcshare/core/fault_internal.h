@@ -275,9 +275,6 @@ void lose_page(struct fault_threads *ft, struct served_block *served, uint64_t p
 int checked_result(const struct ramblock *block, const struct page_request *request, int result);
 /* How many bytes of [page, page + n) the source holds; the rest of the last page is zeros. */
 uint64_t source_length(const struct ramblock *block, uint64_t page, uint64_t n);
-/* Of a buffer of end bytes those from length on, which are none mostly: then the C library's AVX-512 memset would take
- * 0.15 us where the page behind it is not there yet. */
-void zero_tail(uint8_t *bytes, uint64_t length, uint64_t end);
 /* The page did not come: whoever waits goes on waiting, visibly, or is told by a poison mark. */
 void page_failed(struct fault_threads *ft, struct served_block *served, uint64_t page, int error, uint32_t kind);
 

@@ -32,6 +32,12 @@ void page_channel_free(struct page_channel *channel)
         channel->ops->free(channel);
 }
 
+void page_channel_zero_tail(uint8_t *bytes, uint64_t length, uint64_t end)
+{
+    if (length < end)
+        memset(bytes + length, 0, end - length);
+}
+
 static int zero_read_now(struct page_channel *channel, void *bytes, uint64_t length, uint64_t offset)
 {
     (void)channel;

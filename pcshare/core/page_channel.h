@@ -85,4 +85,8 @@ void page_channel_dispatch(struct page_channel *channel);
 /* Waits for what is in flight, then frees. */
 void page_channel_free(struct page_channel *channel);
 
+/* What a source does not hold of end bytes is zeros: those from length on, mostly none. Then the C library's AVX-512
+ * memset would take 0.15 us where the page behind is not there yet. */
+void page_channel_zero_tail(uint8_t *bytes, uint64_t length, uint64_t end);
+
 #endif

@@ -9,7 +9,6 @@
 #include <errno.h>
 #include <sched.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "bitmap.h"
 #include "read_ahead.h"
@@ -29,12 +28,6 @@ uint64_t source_length(const struct ramblock *block, uint64_t page, uint64_t n)
     uint64_t offset = page * block->page_size, length = n * block->page_size;
 
     return offset + length > block->used_length ? block->used_length - offset : length;
-}
-
-void zero_tail(uint8_t *bytes, uint64_t length, uint64_t end)
-{
-    if (length < end)
-        memset(bytes + length, 0, end - length);
 }
 
 /* ---- ends of a wait ---- */
@@ -335,7 +328,7 @@ int place_at_hand(struct fault_worker *worker, struct served_block *served, uint
     int rc = page_channel_read_now(served->channel, worker->staging, length, page * block->page_size);
     if (rc != PAGE_CHANNEL_DONE)
         return NOT_AT_HAND; /* an error too: asked the slow way, it is told in one place */
-    zero_tail(worker->staging, length, n * block->page_size);
+    page_channel_zero_tail(worker->staging, length, n * block->page_size);
     return ramblock_place(block, page, n, worker->staging, placedp);
 }
 

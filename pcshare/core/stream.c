@@ -3,7 +3,6 @@
 
 #include <errno.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <time.h>
 
@@ -155,17 +154,16 @@ static uint64_t pages_of_piece(struct fault_threads *ft, const struct ramblock *
 }
 
 /* Whether nothing is to be asked of the block's source now: it is paused, or has as much to do as it takes at once.
- * What helpers asked for waits for no replay. */
-static int is_busy(struct fault_threads *ft, struct served_block *served, int is_for_range)
+ * n_young: its pieces that count. */
+static int is_busy(struct fault_threads *ft, struct served_block *served, uint32_t n_young)
 {
     const struct page_channel *channel = served->channel;
-    struct piece_counts counts = count_pieces(&ft->stream, served->block);
 
     if (__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE))
         return 1;
     if (__atomic_load_n(&ft->demand_in_flight, __ATOMIC_ACQUIRE))
         served->stream_window = __atomic_load_n(&channel->stream_piece_count_demand, __ATOMIC_RELAXED);
-    return counts.n_young - (is_for_range ? counts.n_young_replay : 0) >= served->stream_window;
+    return n_young >= served->stream_window;
 }
 
 /* What helpers asked for comes first, also where its larger pieces do not fit yet. */
@@ -181,12 +179,12 @@ uint64_t stream_room_for_small(struct fault_threads *ft, struct served_block *se
 {
     const struct stream *s = &ft->stream;
     uint64_t most = pages_of_piece(ft, served->block, 0);
+    struct piece_counts counts = count_pieces(s, served->block);
 
-    if (!is_busy(ft, served, 0))
+    if (!is_busy(ft, served, counts.n_young))
         return most;
     if (has_range(s, served->block))
         return 0;
-    struct piece_counts counts = count_pieces(s, served->block);
     uint64_t limit = served->stream_window * most;
     if (__atomic_load_n(&served->paused, __ATOMIC_ACQUIRE) || counts.n_owed >= SMALL_PIECES ||
         counts.n_all >= SMALL_PIECES_ALL || counts.pages >= 2 * limit)
@@ -232,13 +230,20 @@ static int comes_before(const struct stream_range *range, const struct stream_ra
     return range->is_ahead != other->is_ahead ? !range->is_ahead : turn_of(range) < turn_of(other);
 }
 
+/* What helpers asked for waits for no replay. */
+static int is_busy_for_range(struct fault_threads *ft, const struct stream_range *range)
+{
+    struct piece_counts counts = count_pieces(&ft->stream, range->block);
+
+    return is_busy(ft, served_block_of(ft, range->block), counts.n_young - counts.n_young_replay);
+}
+
 static struct stream_range *next_range(struct fault_threads *ft)
 {
     struct stream_range *next = NULL;
 
     for (struct stream_range *range = ft->stream.ranges; range; range = range->next)
-        if (range->issue < range->end && (!next || comes_before(range, next)) &&
-            !is_busy(ft, served_block_of(ft, range->block), 1))
+        if (range->issue < range->end && (!next || comes_before(range, next)) && !is_busy_for_range(ft, range))
             next = range;
     return next;
 }
@@ -330,7 +335,7 @@ static int claim_for_background(struct fault_threads *ft, struct stream_piece *p
 
         /* What a source pushes comes by itself. */
         int over = !served || served->pushes || __atomic_load_n(&served->complete, __ATOMIC_ACQUIRE);
-        if (!over && !is_busy(ft, served, 0))
+        if (!over && !is_busy(ft, served, count_pieces(&ft->stream, served->block).n_young))
             n = claim_in_block(ft, served, &first);
         if (n) {
             piece->block = served->block;
@@ -474,7 +479,7 @@ static void finish_piece(struct fault_threads *ft, struct stream_piece *piece)
         credit_helper(ft, piece->asker, request->n_pages);
         return;
     }
-    zero_tail(request->bytes, request->length, request->n_pages * block->page_size);
+    page_channel_zero_tail(request->bytes, request->length, request->n_pages * block->page_size);
     rc = ramblock_place(block, request->page, request->n_pages, request->bytes, &placed);
     if (rc >= 0)
         bitmap_clear_range(block->requested, request->page, request->page + request->n_pages);
