@@ -59,6 +59,21 @@ def test_crowd_touches_each_page_once(source: Path, lab: Lab) -> None:
     assert status.helpers_joined == N
 
 
+@pytest.mark.parametrize("n", [1, 2, N])
+def test_smallest_server_answers_a_crowd(source: Path, lab: Lab, n: int) -> None:
+    pages = 2 * HUGE_PAGE // PAGE
+    told = touch_together(lab, n, pages, f"server:{source}")
+    assert told["touches"] == pages
+    assert told["faults_per_s"] == pytest.approx(pages / told["seconds"])
+
+
+def test_crowd_of_the_smallest_server_that_fails_is_told_and_ends(lab: Lab, tmp_path: Path, source: Path) -> None:
+    with pytest.raises(PcshareError, match="No such file"):
+        touch_together(lab, 2, 10, f"server:{tmp_path / 'nothing.bin'}")
+    with pytest.raises(PcshareError, match="too many helpers"):
+        touch_together(lab, 1000, 10, f"server:{source}")
+
+
 def test_crowd_that_cannot_attach_is_told_and_ends(lab: Lab, tmp_path: Path) -> None:
     nobody = f"pcshare:{tmp_path / 'nobody.sock'}"
     with pytest.raises(PcshareError, match="bench-crowd touch 2 10"):
@@ -79,7 +94,14 @@ def test_crowd_does_not_outlive_its_program(source: Path, lab: Lab) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["idle", "0", "pcshare:x"], ["idle", "1", "file:x"], ["touch", "1", "pcshare:x"], ["nap", "1", "x"]],
+    [
+        [],
+        ["idle", "0", "pcshare:x"],
+        ["idle", "1", "file:x"],
+        ["idle", "1", "server:x"],
+        ["touch", "1", "pcshare:x"],
+        ["nap", "1", "x"],
+    ],
 )
 def test_wrong_usage_of_the_crowd_ends_with_2_and_one_line(arguments: list[str]) -> None:
     command = [str(EXECUTABLES / "bench-crowd"), *arguments]

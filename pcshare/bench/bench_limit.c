@@ -13,60 +13,19 @@
  */
 #define _GNU_SOURCE
 #include <endian.h>
-#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "bench_common.h"
+#include "bench_limit.h"
 #include "fd_message.h"
 #include "uffd.h"
 
 enum { PIECE = 2 << 20 };
-
-static int open_file(const char *path, uint64_t least, uint64_t *lengthp)
-{
-    struct stat info;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-
-    if (fd < 0 || fstat(fd, &info) < 0)
-        bench_fail(path);
-    *lengthp = (uint64_t)info.st_size / BENCH_PAGE * BENCH_PAGE;
-    if (*lengthp < least)
-        bench_refuse("the file is too small");
-    return fd;
-}
-
-static int make_memfd(uint64_t length, uint64_t page_size)
-{
-    int memfd = memfd_create("bench-limit", MFD_CLOEXEC | (page_size > BENCH_PAGE ? MFD_HUGETLB : 0));
-
-    if (memfd < 0 || ftruncate(memfd, (off_t)length) < 0)
-        bench_fail("memfd");
-    return memfd;
-}
-
-/* A uffd on a shared mapping of the memfd. */
-static int map_registered(int memfd, uint64_t length, uint8_t **datap)
-{
-    int user_mode_only, uffd;
-    void *data = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
-
-    if (data == MAP_FAILED)
-        bench_fail("mmap");
-    *datap = data;
-    uffd = uffd_open(-1, &user_mode_only);
-    if (uffd < 0 || uffd_api(uffd, 0, NULL, NULL) < 0 ||
-        uffd_register(uffd, (uint64_t)(uintptr_t)data, length, UFFD_MODE_MISSING, NULL) < 0)
-        bench_fail("userfaultfd");
-    return uffd;
-}
 
 /* ---- the smallest NBD client ---- */
 
@@ -224,7 +183,7 @@ static void be_helper(int server_fd, uint64_t length, int cpu, uint64_t count)
     uint8_t *data;
 
     bench_pin(cpu);
-    int uffd = map_registered(make_memfd(length, BENCH_PAGE), length, &data);
+    int uffd = bench_map_registered(bench_make_memfd(length, BENCH_PAGE), length, &data);
     uint64_t addr = (uint64_t)(uintptr_t)data;
     if (!us || fd_message_send(server_fd, &addr, sizeof(addr), &uffd, 1, 0) < 0)
         bench_fail("send");
@@ -235,20 +194,6 @@ static void be_helper(int server_fd, uint64_t length, int cpu, uint64_t count)
         us[i] = bench_now_us() - start_us;
     }
     bench_print_times(n, (bench_now_us() - begin_us) / 1e6, us, n);
-}
-
-/* It never outlives its parent, which may have ended before it says so. */
-static pid_t fork_child(void)
-{
-    pid_t parent = getpid(), pid = fork();
-
-    if (pid < 0)
-        bench_fail("fork");
-    if (pid == 0 && prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
-        bench_fail("prctl");
-    if (pid == 0 && getppid() != parent)
-        _exit(EXIT_FAILURE);
-    return pid;
 }
 
 static void end_child(pid_t pid)
@@ -277,13 +222,13 @@ static int run_chain(const struct chain *chain, struct source *source, uint64_t 
         bench_fail("socketpair");
     if (source->kind == OF_PROCESS) {
         source->fd = sources[0];
-        if ((source_pid = fork_child()) == 0)
+        if ((source_pid = bench_fork_child()) == 0)
             be_source(sources[1], file, chain->source_cpu);
     }
-    pid_t server = fork_child();
+    pid_t server = bench_fork_child();
     if (server == 0)
         be_server(helpers[1], source, chain->spins, chain->server_cpu);
-    pid_t helper = fork_child();
+    pid_t helper = bench_fork_child();
     if (helper == 0) {
         be_helper(helpers[0], length, chain->helper_cpu, chain->count);
         fflush(stdout);
@@ -298,7 +243,7 @@ static int run_chain(const struct chain *chain, struct source *source, uint64_t 
 static int run_with_file(const struct chain *chain, const char *path, int kind)
 {
     uint64_t length;
-    struct source source = {.kind = kind, .fd = open_file(path, BENCH_PAGE, &length)};
+    struct source source = {.kind = kind, .fd = bench_open_file(path, BENCH_PAGE, &length)};
 
     return run_chain(chain, &source, length);
 }
@@ -316,14 +261,14 @@ static int run_with_nbd(const struct chain *chain, const char *path)
 static int run_fill(const char *path, uint64_t page_size, int by_copy)
 {
     uint64_t length, done = 0;
-    int file = open_file(path, PIECE, &length);
+    int file = bench_open_file(path, PIECE, &length);
     uint8_t *bytes = mmap(NULL, PIECE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), *data = NULL;
 
     length = length / PIECE * PIECE;
     if (bytes == MAP_FAILED)
         bench_fail("mmap");
     memset(bytes, 0, PIECE);
-    int memfd = make_memfd(length, page_size), uffd = by_copy ? map_registered(memfd, length, &data) : -1;
+    int memfd = bench_make_memfd(length, page_size), uffd = by_copy ? bench_map_registered(memfd, length, &data) : -1;
     double begin_us = bench_now_us();
     for (uint64_t at = 0; at < length; at += PIECE) {
         if (pread(file, bytes, PIECE, (off_t)at) != PIECE)
@@ -346,7 +291,7 @@ static int is_one_of(const char *word, const char *one, const char *other)
 static int run_memcpy(const char *path)
 {
     uint64_t length;
-    int file = open_file(path, PIECE, &length);
+    int file = bench_open_file(path, PIECE, &length);
 
     length = length / PIECE * PIECE;
     void *from = mmap(NULL, length, PROT_READ, MAP_SHARED | MAP_POPULATE, file, 0);
