@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -650,6 +651,43 @@ def test_block_whose_source_does_not_answer_keeps_no_other_waiting(rig: Rig, sou
     assert rig.push(7, 3, index=1) == (0, 3)
     quick.answer(1)
     assert rig.wait_for_event(EventKind.BLOCK_REPLAYED).block_index == 1
+
+
+class QuickSource(PushSource):
+    """Answers while it is asked, so that the stream's thread always has something to place; looks for an event."""
+
+    def __init__(self, rig: Rig, kind: EventKind) -> None:
+        super().__init__()
+        self.channel.pushes = 0
+        self.n_asked, self.has_seen = 0, False
+        self._rig, self._kind = rig, kind
+
+    def _submit(self, _: Any, request: Any) -> None:
+        self.n_asked += request.n_pages
+        if not self.has_seen:
+            self.has_seen = any(event.kind is self._kind for event in self._rig.events())
+            time.sleep(5e-5)
+        request.done(request, 0)
+
+
+def test_late_page_is_told_in_the_middle_of_another_blocks_replay(rig: Rig, sources: list[PushSource]) -> None:
+    n_pages, slow, quick = 4000, sources[0], QuickSource(rig, EventKind.BLOCK_LATE)
+    ram = rig.add_pushed(slow, 1000, index=0)
+    rig.add_pushed(quick, n_pages, index=1)
+    rig.threads.set_fault_timeout(0.05)
+    rig.threads.start([-1, -1])
+    with child(ram.helper_memfd(writing=False), ram.map_length, features=THREAD_ID) as helper:
+        number, control = rig.add_remote(ram, helper)
+        helper.tell(f"touch {5 * PAGE}")
+        slow.wait_until_asked((5, 1))
+        rig.threads.replay((page, 1, 1) for page in range(n_pages))
+        wait_until(lambda: quick.n_asked == n_pages, "the end of the replay")  # who looks at events takes them
+        assert quick.has_seen
+        assert rig.push(5, page_of(b"right", 0), demand=True) == (0, 1)
+        assert helper.answer()[0] == ord("r")
+        rig.threads.remove_remote(number)
+        control.close()
+    rig.remove_block(1)  # before its source goes
 
 
 def test_last_run_that_fails_is_asked_for_again_when_the_block_is_resumed(rig: Rig, sources: list[PushSource]) -> None:
