@@ -6,6 +6,7 @@ How fast anything is here is no test's business.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from array import array
 from collections.abc import Iterator
@@ -67,11 +68,24 @@ def test_smallest_server_answers_a_crowd(source: Path, lab: Lab, n: int) -> None
     assert told["faults_per_s"] == pytest.approx(pages / told["seconds"])
 
 
-def test_crowd_of_the_smallest_server_that_fails_is_told_and_ends(lab: Lab, tmp_path: Path, source: Path) -> None:
+def test_crowd_of_the_smallest_server_that_cannot_begin_is_told(lab: Lab, tmp_path: Path, source: Path) -> None:
     with pytest.raises(PcshareError, match="No such file"):
         touch_together(lab, 2, 10, f"server:{tmp_path / 'nothing.bin'}")
     with pytest.raises(PcshareError, match="too many helpers"):
         touch_together(lab, 1000, 10, f"server:{source}")
+
+
+def test_helper_of_the_smallest_server_that_fails_ends_them_all(tmp_path: Path) -> None:
+    """Each is one too many for the memory that it may have."""
+    path = tmp_path / "large.bin"
+    with path.open("wb") as file:
+        file.truncate(4 << 30)
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -v {1 << 20}; exec {EXECUTABLES / 'bench-crowd'} touch 3 10 server:{path}"],
+        capture_output=True, text=True, timeout=PROGRAM_TIMEOUT_S,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
+    assert "mmap: Cannot allocate memory" in done.stderr
 
 
 def test_crowd_that_cannot_attach_is_told_and_ends(lab: Lab, tmp_path: Path) -> None:

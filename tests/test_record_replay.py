@@ -25,7 +25,7 @@ from core_support import child
 from pcshare import working_set
 from pcshare.core import lib
 from pcshare.errors import UsageError, WorkingSetError
-from pcshare.fault_thread import EventKind
+from pcshare.fault_thread import EventKind, FaultEvent
 from pcshare.protocol import AdminOp
 from pcshare.trace import read_trace
 from pcshare.working_set import Run, Runs, SetBlock, WorkingSet
@@ -52,7 +52,7 @@ def ws(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sources() -> list[PushSource]:
-    """Two, which live as long as the rig that calls them."""
+    """Two, and what is added, which live as long as the rig that calls them."""
     return [PushSource(), PushSource()]
 
 
@@ -654,40 +654,45 @@ def test_block_whose_source_does_not_answer_keeps_no_other_waiting(rig: Rig, sou
 
 
 class QuickSource(PushSource):
-    """Answers while it is asked, so that the stream's thread always has something to place; looks for an event."""
+    """Answers while it is asked, so that the stream's thread always has something to place, and looks for a late page
+    meanwhile; takes some time until there is one, half of it after somebody waits for a page of the other source."""
 
-    def __init__(self, rig: Rig, kind: EventKind) -> None:
+    N_PAGES = 4000
+
+    def __init__(self, rig: Rig, other: PushSource) -> None:
         super().__init__()
         self.channel.pushes = 0
-        self.n_asked, self.has_seen = 0, False
-        self._rig, self._kind = rig, kind
+        self.n_asked = 0
+        self.late: list[FaultEvent] = []
+        self._rig, self._other = rig, other
 
     def _submit(self, _: Any, request: Any) -> None:
-        self.n_asked += request.n_pages
-        if not self.has_seen:
-            self.has_seen = any(event.kind is self._kind for event in self._rig.events())
+        if not self.late:
+            self.late = [event for event in self._rig.events() if event.kind is EventKind.BLOCK_LATE]
             time.sleep(5e-5)
+        if self.n_asked == self.N_PAGES // 2:
+            wait_until(lambda: bool(self._other.asked()), "a fault")
+        self.n_asked += request.n_pages
         request.done(request, 0)
 
 
 def test_late_page_is_told_in_the_middle_of_another_blocks_replay(rig: Rig, sources: list[PushSource]) -> None:
-    n_pages, slow, quick = 4000, sources[0], QuickSource(rig, EventKind.BLOCK_LATE)
+    slow, quick = sources[0], QuickSource(rig, sources[0])
+    sources.append(quick)
     ram = rig.add_pushed(slow, 1000, index=0)
-    rig.add_pushed(quick, n_pages, index=1)
+    rig.add_pushed(quick, quick.N_PAGES, index=1)
     rig.threads.set_fault_timeout(0.05)
     rig.threads.start([-1, -1])
     with child(ram.helper_memfd(writing=False), ram.map_length, features=THREAD_ID) as helper:
         number, control = rig.add_remote(ram, helper)
+        rig.threads.replay((page, 1, 1) for page in range(quick.N_PAGES))
         helper.tell(f"touch {5 * PAGE}")
-        slow.wait_until_asked((5, 1))
-        rig.threads.replay((page, 1, 1) for page in range(n_pages))
-        wait_until(lambda: quick.n_asked == n_pages, "the end of the replay")  # who looks at events takes them
-        assert quick.has_seen
+        wait_until(lambda: quick.n_asked == quick.N_PAGES, "the end of the replay")  # who looks at events takes them
+        assert [(late.block_index, late.offset) for late in quick.late] == [(0, 5 * PAGE)]
         assert rig.push(5, page_of(b"right", 0), demand=True) == (0, 1)
         assert helper.answer()[0] == ord("r")
         rig.threads.remove_remote(number)
         control.close()
-    rig.remove_block(1)  # before its source goes
 
 
 def test_last_run_that_fails_is_asked_for_again_when_the_block_is_resumed(rig: Rig, sources: list[PushSource]) -> None:

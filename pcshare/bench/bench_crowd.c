@@ -18,7 +18,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "bench_limit.h"
+#include "bench_smallest.h"
 #include "fd_message.h"
 #include "helper.h"
 #include "uffd.h"
@@ -36,8 +36,8 @@ struct crowd {
     int told[2];                     /* a pipe: each writes a byte when it is attached, another when it has touched */
     int begin[2];                    /* a pipe: at its end they begin, or leave */
     /* of the smallest server: */
-    pid_t server;
-    int servers[2]; /* a socket to it, and its end */
+    pid_t server_pid;
+    int to_server[2]; /* a socket, and the server's end */
     int file, memfd;
     uint64_t length;
 };
@@ -108,7 +108,8 @@ struct served {
     int uffd;
 };
 
-struct server {
+struct server_thread {
+    pthread_t thread;
     int cpu, poll_fd, file;
 };
 
@@ -126,69 +127,85 @@ static uint64_t list_cpus(int *cpus)
     return n;
 }
 
-static void serve(const struct server *server, const struct served *helper, uint8_t *bytes)
+static void serve(const struct server_thread *thread, const struct served *helper, uint8_t *bytes)
 {
-    struct uffd_message message;
-    uint64_t done;
+    uint64_t addr;
 
-    if (uffd_read(helper->uffd, &message, 1) != 1)
+    if (!bench_next_fault(helper->uffd, &addr))
         return;
-    uint64_t addr = message.fault_addr & ~(uint64_t)(BENCH_PAGE - 1);
-    if (pread(server->file, bytes, BENCH_PAGE, (off_t)(addr - helper->addr)) != BENCH_PAGE)
+    if (pread(thread->file, bytes, BENCH_PAGE, (off_t)(addr - helper->addr)) != BENCH_PAGE)
         bench_fail("pread");
-    uffd_copy(helper->uffd, addr, bytes, BENCH_PAGE, &done);
-    uffd_wake(helper->uffd, addr, BENCH_PAGE);
+    bench_answer(helper->uffd, addr, bytes);
 }
 
 static void *server_run(void *argument)
 {
-    const struct server *server = argument;
+    const struct server_thread *thread = argument;
     uint8_t bytes[BENCH_PAGE] __attribute__((aligned(BENCH_PAGE)));
     struct epoll_event events[EVENTS_MAX];
 
-    bench_pin(server->cpu);
     for (;;) {
-        int n = epoll_wait(server->poll_fd, events, EVENTS_MAX, -1);
+        int n = epoll_wait(thread->poll_fd, events, EVENTS_MAX, -1);
+        if (n < 0 && errno != EINTR)
+            bench_fail("epoll_wait");
         for (int i = 0; i < n; i++)
-            serve(server, events[i].data.ptr, bytes);
+            serve(thread, events[i].data.ptr, bytes);
     }
     return NULL;
 }
 
-static void receive_helper(const struct crowd *crowd, const struct server *servers, uint64_t n_servers,
+static void receive_helper(const struct crowd *crowd, const struct server_thread *threads, uint64_t n_threads,
                            struct served *helper)
 {
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = helper};
     uint32_t n_fds = 1;
     int uffd = -1;
 
-    if (fd_message_receive(crowd->servers[1], helper, sizeof(*helper), &uffd, &n_fds, 0) <= 0)
+    if (fd_message_receive(crowd->to_server[1], helper, sizeof(*helper), &uffd, &n_fds, 0) <= 0)
         bench_fail("receive");
     helper->uffd = uffd;
-    if (epoll_ctl(servers[helper->number % n_servers].poll_fd, EPOLL_CTL_ADD, uffd, &event) < 0)
+    if (epoll_ctl(threads[helper->number % n_threads].poll_fd, EPOLL_CTL_ADD, uffd, &event) < 0)
         bench_fail("epoll_ctl");
+}
+
+static void start_thread(struct server_thread *thread)
+{
+    pthread_attr_t attributes;
+    cpu_set_t set;
+
+    CPU_ZERO(&set);
+    CPU_SET((size_t)thread->cpu, &set);
+    pthread_attr_init(&attributes);
+    pthread_attr_setaffinity_np(&attributes, sizeof(set), &set);
+    if (pthread_create(&thread->thread, &attributes, server_run, thread) != 0)
+        bench_refuse("no thread for each CPU");
+    pthread_attr_destroy(&attributes);
 }
 
 static void be_server(const struct crowd *crowd, uint64_t number)
 {
-    static struct server servers[SERVED_MAX];
+    static struct server_thread threads[SERVED_MAX];
     static struct served helpers[SERVED_MAX];
     int cpus[SERVED_MAX];
-    uint64_t n_servers = list_cpus(cpus);
-    pthread_t thread;
+    uint64_t n_threads = list_cpus(cpus);
 
-    (void)number;
-    for (uint64_t i = 0; i < n_servers; i++)
-        servers[i] = (struct server){.cpu = cpus[i], .poll_fd = epoll_create1(EPOLL_CLOEXEC), .file = crowd->file};
+    (void)number; /* there is one */
+    for (uint64_t i = 0; i < n_threads; i++) {
+        threads[i] =
+            (struct server_thread){.cpu = cpus[i], .poll_fd = epoll_create1(EPOLL_CLOEXEC), .file = crowd->file};
+        if (threads[i].poll_fd < 0)
+            bench_fail("epoll_create1");
+    }
     for (uint64_t i = 0; i < crowd->n; i++)
-        receive_helper(crowd, servers, n_servers, &helpers[i]);
-    for (uint64_t i = 1; i < n_servers; i++)
-        if (pthread_create(&thread, NULL, server_run, &servers[i]) != 0)
-            bench_refuse("no thread for each CPU");
+        receive_helper(crowd, threads, n_threads, &helpers[i]);
+    for (uint64_t i = 0; i < n_threads; i++)
+        start_thread(&threads[i]);
     tell(crowd);
-    server_run(&servers[0]);
+    close(crowd->told[1]); /* so that helpers that were killed are not waited for */
+    pthread_join(threads[0].thread, NULL);
 }
 
+/* Pinned to the CPU of the thread that answers it. */
 static void be_served(const struct crowd *crowd, uint64_t number)
 {
     struct served hello = {.number = number};
@@ -198,7 +215,7 @@ static void be_served(const struct crowd *crowd, uint64_t number)
     bench_pin(cpus[number % list_cpus(cpus)]);
     int uffd = bench_map_registered(crowd->memfd, crowd->length, &data);
     hello.addr = (uint64_t)(uintptr_t)data;
-    if (fd_message_send(crowd->servers[0], &hello, sizeof(hello), &uffd, 1, 0) < 0)
+    if (fd_message_send(crowd->to_server[0], &hello, sizeof(hello), &uffd, 1, 0) < 0)
         bench_fail("send");
     tell(crowd);
     wait_for_end_of(crowd->begin[0]);
@@ -212,19 +229,22 @@ static void open_server(struct crowd *crowd, const char *path)
         bench_refuse("too many helpers for the smallest server");
     crowd->file = bench_open_file(path, BENCH_PAGE, &crowd->length);
     crowd->memfd = bench_make_memfd(crowd->length, BENCH_PAGE);
-    if (socketpair(AF_UNIX, SOCK_SEQPACKET, 0, crowd->servers) < 0)
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET, 0, crowd->to_server) < 0)
         bench_fail("socketpair");
 }
 
 /* ---- the crowd ---- */
 
+static pid_t program; /* whose children they all are */
+
 static void end_crowd(void)
 {
-    kill(getppid(), SIGTERM); /* and with it all the others */
+    if (getppid() == program)
+        kill(program, SIGTERM); /* and with it all the others */
 }
 
 /* Runs in a process of its own; where it fails, all end. */
-static pid_t begin(const struct crowd *crowd, void (*run)(const struct crowd *, uint64_t), uint64_t number)
+static pid_t spawn(const struct crowd *crowd, void (*run)(const struct crowd *, uint64_t), uint64_t number)
 {
     pid_t pid = bench_fork_child();
 
@@ -238,12 +258,13 @@ static pid_t begin(const struct crowd *crowd, void (*run)(const struct crowd *, 
 
 static void start(struct crowd *crowd)
 {
+    program = getpid();
     if (pipe(crowd->told) < 0 || pipe(crowd->begin) < 0)
         bench_fail("pipe");
     if (is_served(crowd))
-        crowd->server = begin(crowd, be_server, 0);
+        crowd->server_pid = spawn(crowd, be_server, 0);
     for (uint64_t i = 0; i < crowd->n; i++)
-        begin(crowd, is_served(crowd) ? be_served : be_helper, i);
+        spawn(crowd, is_served(crowd) ? be_served : be_helper, i);
     close(crowd->told[1]); /* so that a crowd that was killed is not waited for */
 }
 
@@ -269,6 +290,19 @@ static int run_idle(struct crowd *crowd)
     return EXIT_SUCCESS;
 }
 
+/* Else the figure is one of nothing. */
+static void check_served(const struct crowd *crowd)
+{
+    uint64_t n = crowd->touches * BENCH_PAGE < crowd->length ? crowd->touches * BENCH_PAGE : crowd->length;
+    void *wanted = mmap(NULL, n, PROT_READ, MAP_SHARED, crowd->file, 0);
+    void *served = mmap(NULL, n, PROT_READ, MAP_SHARED, crowd->memfd, 0);
+
+    if (wanted == MAP_FAILED || served == MAP_FAILED)
+        bench_fail("mmap");
+    if (memcmp(wanted, served, n) != 0)
+        bench_refuse("the smallest server has brought other bytes than the file has");
+}
+
 static int run_touch(struct crowd *crowd)
 {
     start(crowd);
@@ -278,9 +312,11 @@ static int run_touch(struct crowd *crowd)
     wait_for(crowd, crowd->n);
     double seconds = (bench_now_us() - begin_us) / 1e6;
     if (is_served(crowd))
-        kill(crowd->server, SIGKILL);
+        kill(crowd->server_pid, SIGKILL);
     while (wait(NULL) > 0)
         ;
+    if (is_served(crowd))
+        check_served(crowd);
     printf("{\"touches\": %llu, \"seconds\": %.6f}\n", (unsigned long long)crowd->touches, seconds);
     return EXIT_SUCCESS;
 }
@@ -308,7 +344,7 @@ int main(int argc, char **argv)
     struct crowd crowd = {.n = argc > 2 ? strtoull(argv[2], NULL, 10) : 0,
                           .touches = is_touch ? strtoull(argv[3], NULL, 10) : 0};
 
-    if ((!is_idle && !is_touch) || !crowd.n || !set_target(&crowd, argv[argc - 1]))
+    if ((!is_idle && !is_touch) || !crowd.n || (is_touch && !crowd.touches) || !set_target(&crowd, argv[argc - 1]))
         bench_refuse("usage: bench-crowd idle N TARGET | touch N TOUCHES TARGET");
     return is_idle ? run_idle(&crowd) : run_touch(&crowd);
 }

@@ -21,7 +21,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "bench_limit.h"
+#include "bench_smallest.h"
 #include "fd_message.h"
 #include "uffd.h"
 
@@ -136,17 +136,13 @@ static const uint8_t *fetch(const struct source *source, uint64_t offset)
 static void serve(int uffd, uint64_t client_addr, const struct source *source, int spins)
 {
     struct pollfd polled = {.fd = uffd, .events = POLLIN};
-    struct uffd_message message;
-    uint64_t done;
+    uint64_t addr;
 
     for (;;) {
         if (!spins && poll(&polled, 1, -1) < 0)
             bench_fail("poll");
-        if (uffd_read(uffd, &message, 1) != 1)
-            continue;
-        uint64_t addr = message.fault_addr & ~(uint64_t)(BENCH_PAGE - 1);
-        uffd_copy(uffd, addr, fetch(source, addr - client_addr), BENCH_PAGE, &done);
-        uffd_wake(uffd, addr, BENCH_PAGE);
+        if (bench_next_fault(uffd, &addr))
+            bench_answer(uffd, addr, fetch(source, addr - client_addr));
     }
 }
 

@@ -78,7 +78,7 @@ def ratios(document: Document) -> Figure | None:
     for one, (name, results) in zip(axes, panels.items(), strict=True):
         _ratio_panel(one, results, ends)
         one.set_title(f"{name}: {NAMES[name]}", loc="left", fontweight="bold")
-    axes[-1].set_xlabel("ratio of pcshare's figure to the other one (logarithmic)")
+    axes[-1].set_xlabel("ratio of the first figure, mostly pcshare's, to the other one (logarithmic)")
     met, failed, told = (Line2D([], [], color=c, marker="o", lw=1.5) for c in (BLUE, VERMILION, GREY))
     keys = {
         "median keeps to its bound": met,

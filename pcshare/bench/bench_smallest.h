@@ -1,7 +1,8 @@
-/* bench_limit: what the smallest servers are made of: a file to read, memory with a uffd, processes that end together.
+/* bench_smallest: what the smallest servers are made of: a file to read, memory with a uffd, faults, processes that end
+ * together.
  */
-#ifndef PCSHARE_BENCH_LIMIT_H
-#define PCSHARE_BENCH_LIMIT_H
+#ifndef PCSHARE_BENCH_SMALLEST_H
+#define PCSHARE_BENCH_SMALLEST_H
 
 #include <fcntl.h>
 #include <signal.h>
@@ -28,7 +29,7 @@ static inline int bench_open_file(const char *path, uint64_t least, uint64_t *le
 
 static inline int bench_make_memfd(uint64_t length, uint64_t page_size)
 {
-    int memfd = memfd_create("bench-limit", MFD_CLOEXEC | (page_size > BENCH_PAGE ? MFD_HUGETLB : 0));
+    int memfd = memfd_create("bench", MFD_CLOEXEC | (page_size > BENCH_PAGE ? MFD_HUGETLB : 0));
 
     if (memfd < 0 || ftruncate(memfd, (off_t)length) < 0)
         bench_fail("memfd");
@@ -49,6 +50,29 @@ static inline int bench_map_registered(int memfd, uint64_t length, uint8_t **dat
         uffd_register(uffd, (uint64_t)(uintptr_t)data, length, UFFD_MODE_MISSING, NULL) < 0)
         bench_fail("userfaultfd");
     return uffd;
+}
+
+/* The page of the next fault. Whether there was one. */
+static inline int bench_next_fault(int uffd, uint64_t *addrp)
+{
+    struct uffd_message message;
+
+    if (uffd_read(uffd, &message, 1) != 1)
+        return 0;
+    *addrp = message.fault_addr & ~(uint64_t)(BENCH_PAGE - 1);
+    return 1;
+}
+
+static inline void bench_answer(int uffd, uint64_t addr, const uint8_t *bytes)
+{
+    uint64_t done;
+    int rc = uffd_copy(uffd, addr, bytes, BENCH_PAGE, &done);
+
+    if (rc < 0) {
+        errno = -rc;
+        bench_fail("UFFDIO_COPY");
+    }
+    uffd_wake(uffd, addr, BENCH_PAGE);
 }
 
 /* It never outlives its parent, which may have ended before it says so. */
