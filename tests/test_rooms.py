@@ -42,6 +42,7 @@ ROOMS = (
     ("launcher",),
     ("serve",),
     ("views",),
+    ("scratch",),
     ("demo", "stress", "bench"),
     ("cli",),
     ("integrations",),

@@ -30,6 +30,7 @@ from pcshare.client import Block
 from pcshare.errors import HostError, PcshareError
 from pcshare.launcher import Coordinator
 from pcshare.protocol import AdminOp
+from pcshare.scratch import scratch_folder
 from pcshare.sources import signals_blocked
 
 EXECUTABLES = Path(__file__).resolve().parent.parent / "_bin"
@@ -71,8 +72,7 @@ class Lab:
         self.is_check = is_check
         self.shrink = shrink
         self._closing = contextlib.ExitStack()
-        made = tempfile.TemporaryDirectory(prefix="pcshare-bench-", dir=folder or usual_folder())
-        self.folder = Path(self._closing.enter_context(made))
+        self.folder = self._closing.enter_context(scratch_folder("pcshare-bench-", folder or usual_folder()))
         self.cpus = sorted(os.sched_getaffinity(0))
         self._files: dict[int, Path] = {}
 

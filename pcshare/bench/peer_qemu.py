@@ -27,7 +27,6 @@ import errno
 import os
 import socket
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,6 +49,7 @@ from pcshare.bench.qemu import (
 )
 from pcshare.errors import PcshareError
 from pcshare.launcher import Coordinator
+from pcshare.scratch import scratch_folder
 
 LEFT_OUT = "migrations over a network, a guest that runs at the destination"
 QEMU = "QEMU"
@@ -269,8 +269,8 @@ class _Bench:
     @contextlib.contextmanager
     def _ends(self, limit_bytes_s: int) -> Iterator[tuple[Qemu, Destination, str]]:
         """A source that can start, a destination that waits, and its address."""
-        with tempfile.TemporaryDirectory(prefix="pcshare-bench-") as made:  # a short path: sockets lie there
-            scene = Scene(self.lab, Path(made), self._guest, self.capabilities, _line(Path(made), self.is_tcp))
+        with scratch_folder("pcshare-bench-") as folder:  # a short path: sockets lie there
+            scene = Scene(self.lab, folder, self._guest, self.capabilities, _line(folder, self.is_tcp))
             with self.start(scene) as destination, Qemu(self._guest, scene.folder) as source:
                 source.set_capabilities(*self.capabilities, "events")
                 source.set_parameters(max_bandwidth=UNLIMITED, max_postcopy_bandwidth=limit_bytes_s)

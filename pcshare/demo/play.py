@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pcshare.demo.judge import Verdict
 from pcshare.demo.leftovers import Inventory, Leaked
 from pcshare.demo.stage import Performance, Stage
 from pcshare.launcher import Coordinator
+from pcshare.scratch import scratch_folder
 from pcshare.status import BlockStatus, StatusReport
 
 RESULTS_SOURCE = "zero:1M"
@@ -112,8 +112,8 @@ class Play:
         self._names = [f"demo-{os.getpid()}-{secrets.token_hex(3)}-{act}" for act in ("arriving", "copied")]
 
     def run(self) -> Outcome:
-        with tempfile.TemporaryDirectory(prefix="pcshare-demo-") as folder:
-            return self._run(Path(folder))
+        with scratch_folder("pcshare-demo-") as folder:
+            return self._run(folder)
 
     def _run(self, folder: Path) -> Outcome:
         path = self._file(folder)

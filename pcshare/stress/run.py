@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from pcshare.scratch import scratch_folder
+from pcshare.sources import signals_blocked
 from pcshare.stress import plan
 from pcshare.stress.crew import has_numpy
 from pcshare.stress.round import Round
@@ -55,12 +55,13 @@ def run(
     deadline_s = started_s + options.seconds
     tally = Tally(options.seed)
     if has_numpy():
-        import numpy  # noqa: F401  (its threads start with it, and are no leak of a round)
+        with signals_blocked():  # they are for the main thread
+            import numpy  # noqa: F401  (its threads start with it, and are no leak of a round)
     with _dumpable():
         for drawn in plans or plan.rounds(options.seed, options.helpers):
             tally.where = _where(drawn)
-            with tempfile.TemporaryDirectory(prefix="pcshare-stress-") as folder:
-                Round(drawn, Path(folder), options.helpers, tally, deadline_s, _telling(hold, tally, tell)).play()
+            with scratch_folder("pcshare-stress-") as folder:
+                Round(drawn, folder, options.helpers, tally, deadline_s, _telling(hold, tally, tell)).play()
             tally.rounds += 1
             tell(_line(tally, time.monotonic() - started_s))
             if time.monotonic() >= deadline_s or tally.failures or is_enough(tally):
