@@ -19,6 +19,7 @@ import pytest
 SHM = Path("/dev/shm")
 SHM_PREFIX = "pcshare-"
 POLL_INTERVAL_S = 0.01
+LISTINGS_MAX = 100  # of threads, where they come and go all the time
 LEFTOVERS_TIMEOUT_S = 5.0  # a coordinator that was told to end unregisters its blocks first
 TAG = "PCSHARE_TEST_TAG"  # in the environment of every process that a test starts, however far down
 
@@ -60,8 +61,14 @@ def _own_fds() -> set[str]:
 
 
 def _own_threads() -> set[str]:
+    """As two listings in a row have them: one ends early where a thread ends meanwhile."""
+    tids = os.listdir("/proc/self/task")
+    for _ in range(LISTINGS_MAX):
+        before, tids = tids, os.listdir("/proc/self/task")
+        if tids == before:
+            break
     found = set()
-    for tid in os.listdir("/proc/self/task"):
+    for tid in tids:
         with contextlib.suppress(OSError):
             found.add(f"thread {tid} ({Path(f'/proc/self/task/{tid}/comm').read_text().strip()})")
     return found
