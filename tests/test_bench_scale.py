@@ -114,6 +114,7 @@ def test_crowd_does_not_outlive_its_program(source: Path, lab: Lab) -> None:
         ["idle", "1", "file:x"],
         ["idle", "1", "server:x"],
         ["touch", "1", "pcshare:x"],
+        ["touch", "1", "0", "pcshare:x"],
         ["nap", "1", "x"],
     ],
 )

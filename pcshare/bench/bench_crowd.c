@@ -109,8 +109,7 @@ struct served {
 };
 
 struct server_thread {
-    pthread_t thread;
-    int cpu, poll_fd, file;
+    int poll_fd, file;
 };
 
 /* Those that this program may use, into cpus[0..SERVED_MAX); how many. */
@@ -168,41 +167,30 @@ static void receive_helper(const struct crowd *crowd, const struct server_thread
         bench_fail("epoll_ctl");
 }
 
-static void start_thread(struct server_thread *thread)
-{
-    pthread_attr_t attributes;
-    cpu_set_t set;
-
-    CPU_ZERO(&set);
-    CPU_SET((size_t)thread->cpu, &set);
-    pthread_attr_init(&attributes);
-    pthread_attr_setaffinity_np(&attributes, sizeof(set), &set);
-    if (pthread_create(&thread->thread, &attributes, server_run, thread) != 0)
-        bench_refuse("no thread for each CPU");
-    pthread_attr_destroy(&attributes);
-}
-
 static void be_server(const struct crowd *crowd, uint64_t number)
 {
     static struct server_thread threads[SERVED_MAX];
     static struct served helpers[SERVED_MAX];
     int cpus[SERVED_MAX];
     uint64_t n_threads = list_cpus(cpus);
+    pthread_t thread;
 
     (void)number; /* there is one */
     for (uint64_t i = 0; i < n_threads; i++) {
-        threads[i] =
-            (struct server_thread){.cpu = cpus[i], .poll_fd = epoll_create1(EPOLL_CLOEXEC), .file = crowd->file};
+        threads[i] = (struct server_thread){.poll_fd = epoll_create1(EPOLL_CLOEXEC), .file = crowd->file};
         if (threads[i].poll_fd < 0)
             bench_fail("epoll_create1");
     }
     for (uint64_t i = 0; i < crowd->n; i++)
         receive_helper(crowd, threads, n_threads, &helpers[i]);
-    for (uint64_t i = 0; i < n_threads; i++)
-        start_thread(&threads[i]);
+    for (uint64_t i = 0; i < n_threads; i++) {
+        bench_pin(cpus[i]); /* which the new thread inherits */
+        if (pthread_create(&thread, NULL, server_run, &threads[i]) != 0)
+            bench_refuse("no thread for each CPU");
+    }
     tell(crowd);
     close(crowd->told[1]); /* so that helpers that were killed are not waited for */
-    pthread_join(threads[0].thread, NULL);
+    pthread_join(thread, NULL); /* none ends */
 }
 
 /* Pinned to the CPU of the thread that answers it. */
@@ -311,12 +299,12 @@ static int run_touch(struct crowd *crowd)
     close(crowd->begin[1]);
     wait_for(crowd, crowd->n);
     double seconds = (bench_now_us() - begin_us) / 1e6;
-    if (is_served(crowd))
+    if (is_served(crowd)) {
+        check_served(crowd);
         kill(crowd->server_pid, SIGKILL);
+    }
     while (wait(NULL) > 0)
         ;
-    if (is_served(crowd))
-        check_served(crowd);
     printf("{\"touches\": %llu, \"seconds\": %.6f}\n", (unsigned long long)crowd->touches, seconds);
     return EXIT_SUCCESS;
 }
