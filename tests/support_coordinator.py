@@ -32,6 +32,7 @@ from support import wait_until
 EXECUTABLES = Path(pcshare.__file__).parent / "_bin"
 READY_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 15.0
+STATE_TIMEOUT_S = 30.0
 HELPER_TIMEOUT_S = 60.0
 PR_SET_PDEATHSIG = 1
 READER_THREAD = "pcshare-read"  # started when reads wait, up to READERS_MAX a block, and kept
@@ -76,6 +77,11 @@ class Serving:
 
     def block(self, idstr: str) -> BlockStatus:
         return next(block for block in self.status().blocks if block.idstr == idstr)
+
+    def wait_for_state(self, state: str, idstr: str = "data") -> BlockStatus:
+        """A page is seen before it is counted, and a block is whole before it is said to be at its END."""
+        wait_until(lambda: self.block(idstr).state == state, f"state {state} of block {idstr}", STATE_TIMEOUT_S)
+        return self.block(idstr)
 
     def held(self) -> Held:
         serves, keeper = psutil.Process(self.pid), psutil.Process(self.process.pid)

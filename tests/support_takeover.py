@@ -51,8 +51,7 @@ class Restarting:
         return self.served.block(idstr)
 
     def wait_for_state(self, state: str, idstr: str = "data") -> BlockStatus:
-        wait_until(lambda: self.block(idstr).state == state, f"{state}: {self.status()}", WAIT_S)
-        return self.block(idstr)
+        return self.served.wait_for_state(state, idstr)
 
     def waiting(self) -> int:
         return sum(helper.waiting for helper in self.status().helpers)

@@ -100,6 +100,5 @@ def test_a_chain_of_two_hosts_outlives_its_wire(runtime_dir: Path, tmp_path: Pat
         near.set_wire("up")
         pending.result(WAIT_S)
         assert bytes(block) == content
-        wait_until(lambda: second.block("data").state == "END", "the second to be complete", WAIT_S)
-        assert second.block("data").reason == ""
+        assert second.wait_for_state("END").reason == ""
         assert first.block("data").received_pages == N_PAGES

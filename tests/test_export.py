@@ -90,7 +90,7 @@ def test_copy_while_the_stream_runs_has_its_bytes(runtime_dir: Path, big: Path, 
 
 def test_complete_block_is_served_to_several_at_once(runtime_dir: Path, big: Path, tmp_path: Path) -> None:
     with exporting(runtime_dir, f"data={big}", options=()) as serving:
-        wait_until(lambda: serving.block("data").state == "END", "the block to be complete")
+        serving.wait_for_state("END")
         copies = [tmp_path / f"copy{i}" for i in range(4)]
         running = [subprocess.Popen(["nbdcopy", uri(runtime_dir), copy]) for copy in copies]
         assert [one.wait(TIMEOUT_S) for one in running] == [0] * 4

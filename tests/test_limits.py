@@ -287,7 +287,7 @@ def test_full_memory_group_is_a_pause_and_kills_nobody(runtime_dir: Path, large_
         wait_for_pause(served)  # again, for there is no more room than before
         (group / "memory.limit_in_bytes").write_text(str(GROUP_BYTES_LATER))
         admin.send(served.socket, AdminOp.RESUME)
-        wait_until(lambda: served.block("data").state == "END", "the end", 30.0)
+        served.wait_for_state("END")
         assert pending.result()
         assert kills(group) == 0
 

@@ -180,8 +180,7 @@ def test_planted_page_is_found_by_the_fault_that_was_there_first(
             wait_for_pending_fault(helper.pid)
             assert planter.do("m[0]") == 0
         assert pending.result() == content[:PAGE]
-        wait_until(lambda: served.block("data").state == "END", "the end of the block")
-        assert served.block("data").foreign_pages == 1
+        assert served.wait_for_state("END").foreign_pages == 1
 
 
 def test_planted_page_of_a_writable_block_is_reported_and_left(

@@ -187,7 +187,7 @@ def test_program_and_command_line_ask_for_it(runtime_dir: Path, data_file: Path,
         with made.attach() as block, made.attach() as other:
             block.ensure()
             assert bytes(other) == content
-        assert made.status().blocks[0].state == "END"
+        wait_until(lambda: made.status().state == "END", "the end of the block", WAIT_S)
 
 
 def test_kernel_that_cannot_tell_is_refused() -> None:

@@ -87,4 +87,4 @@ def test_coordinator_works_under_what_the_unit_restricts(runtime_dir: Path, rng:
         for uid in (NOBODY, 65533):
             done = run(as_user(uid), EXECUTABLES / "touch", f"--name={served.name}", "--block=data")
             assert done.returncode == 0, done.stderr
-        assert served.block("data").state == "END"
+        served.wait_for_state("END")
