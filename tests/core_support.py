@@ -23,6 +23,7 @@ from pcshare.core import ffi, lib
 
 TESTS = Path(__file__).resolve().parent
 CORE = TESTS.parent / "pcshare" / "core"
+NBD_FILES = [*sorted(path.name for path in CORE.glob("nbd_*.c")), "page_channel_nbd.c", "page_channel.c", "thread.c"]
 WAIT_S = 30.0  # far more than anything here takes; a test that reaches it has failed
 
 

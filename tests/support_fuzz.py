@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from core_support import CORE, compile_c
+from core_support import CORE, NBD_FILES, compile_c
 from support_status_fuzz import fuzz_reader
 
 SANITIZERS = "address,undefined"
@@ -46,7 +46,7 @@ PROGRAMS: dict[str, Fuzz] = {
     "control": Fuzz(COORDINATORS_SIDE, lambda folder: [str(KEEPER)]),
     "helper": Fuzz(HELPERS_SIDE, lambda folder: [str(folder / "fuzz.sock")]),
     "status": Fuzz(HELPERS_SIDE),
-    "nbd": Fuzz(["nbd_connection.c", "page_channel_nbd.c", "page_channel.c", "thread.c"]),
+    "nbd": Fuzz(NBD_FILES),
     "incoming": Fuzz(
         ["incoming.c", "incoming_stream.c", "incoming_record.c", "incoming_request.c", "incoming_path.c", "bitmap.c",
          "page_channel.c", "thread.c"]

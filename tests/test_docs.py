@@ -264,7 +264,8 @@ def value_of_limit(name: str) -> float:
     for module in (link, endpoint, source_command, object_reader):
         if hasattr(module, name):
             return float(getattr(module, name))
-    found = re.search(rf"\b{name} = (\d+)\b", text_of(ROOT / "pcshare" / "core" / "page_channel_nbd.c"))
+    core = "\n".join(text_of(path) for path in sorted((ROOT / "pcshare" / "core").glob("*.c")))
+    found = re.search(rf"\b{name} = (\d+)\b", core)
     assert found, f"no constant {name}"
     return float(found[1])
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from core_support import CORE, WAIT_S, compile_c
+from core_support import CORE, NBD_FILES, WAIT_S, compile_c
 from pcshare.core import ffi, lib
 from pcshare.errors import PcshareError, SourceError
 from pcshare.nbd import wire
@@ -42,7 +42,6 @@ CONTENT = random.Random(7).randbytes(MIB)
 UNTOUCHED = b"\xaa"
 SHORT_MS = 200
 STRESS_ROUNDS = 12
-STRESS_FILES = ["page_channel.c", "page_channel_nbd.c", "nbd_connection.c", "thread.c"]
 REPLY_SPANS_MAX = 16  # nbd_connection.h
 
 
@@ -1029,7 +1028,7 @@ def test_nbdkit_that_fails_on_command_is_taken_at_its_word(folder: Path) -> None
 @pytest.mark.parametrize("sanitize", ["address,undefined", "thread"])
 def test_everything_at_once(sanitize: str, tmp_path: Path, rng: random.Random) -> None:
     """P1, P3, P7: each request ends once, every byte is right, no fd and no memory is left."""
-    program = compile_c(tmp_path / "nbd_stress", "nbd_stress.c", STRESS_FILES, sanitize)
+    program = compile_c(tmp_path / "nbd_stress", "nbd_stress.c", NBD_FILES, sanitize)
     ran = run_program(program, str(rng.randrange(1 << 31)), str(STRESS_ROUNDS))
     assert (ran.returncode, ran.stderr) == (0, "")
 

@@ -1,12 +1,12 @@
 /* bench_touch: what touching memory costs a process, by the same loops whatever the memory is.
  *
  *   bench-touch walk   CPU COUNT TARGET        COUNT different pages (0: all), far from each other; each is timed
- *   bench-touch list   CPU LIST TARGET         the pages whose numbers, 8 bytes each, are in the file LIST; each is timed
+ *   bench-touch list   CPU LIST TARGET         the pages whose numbers, 8 bytes each, are in the file LIST; each timed
  *   bench-touch random CPU COUNT SEED TARGET   COUNT random pages; those that were missing just before are timed
  *   bench-touch times  CPU COUNT SEED TARGET   the same, and prints each of these times alone
  *   bench-touch scan   CPU TARGET              every page in order
  *   bench-touch sum    CPU SEED TARGET         every byte is read: SEED 0 in order, else page by page at random
- *   bench-touch -w ...                         with -w: an empty line once the target is there; begins when a line comes
+ *   bench-touch -w ...                         with -w: an empty line once the target is there; begins when one comes
  *                                              on stdin
  *
  * TARGET is pcshare:SOCKET (a coordinator's only block), pcshare:SOCKET#BLOCK, file:PATH (mapped shared, read-only), or

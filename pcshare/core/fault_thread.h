@@ -34,7 +34,7 @@ enum {
     EVENT_REMOTE_LEFT = 32,       /* LEAVE */
     EVENT_REMOTE_HUNG_UP = 64,    /* the control socket closed without LEAVE */
     EVENT_REMOTE_DISABLED = 128,  /* cut off: error, addr */
-    EVENT_BLOCK_LATE = 256,       /* pages take longer than the fault timeout: error, offset of one; error 0: no longer */
+    EVENT_BLOCK_LATE = 256,     /* pages take longer than the fault timeout: error, offset of one; error 0: no longer */
     EVENT_BLOCK_REPLAYED = 512, /* of what was to be replayed all is here that will come */
 };
 

@@ -219,8 +219,8 @@ static void serve_orphaned(struct pcshare_attachment *a, int64_t now_ms)
 /* ---- the own uffd, when nobody else reads it ---- */
 
 /* LOST: answers every fault. ORPHANED: only takes events, for which madvise or munmap wait, and which nobody else has
- * taken for a while: whoever will serve must hear which pages were removed. A fault that is read here is not lost, since
- * everybody is woken at the next change of state. */
+ * taken for a while: whoever will serve must hear which pages were removed. A fault that is read here is not lost,
+ * since everybody is woken at the next change of state. */
 static void read_own_uffd(struct pcshare_attachment *a)
 {
     struct uffd_message messages[UFFD_READ_MAX];

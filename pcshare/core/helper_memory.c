@@ -6,8 +6,8 @@
  * real protection;
  *  - unregistering wakes who waits, and lets it read a zero page: so PROT_NONE again before it, unless every page is
  * here;
- *  - munmap wakes nobody, and with UFFD_EVENT_UNMAP it waits for a reader, who may be the sentinel: so unregister before
- * it, all of it, also where the caller has unmapped parts and the kernel refuses the whole;
+ *  - munmap wakes nobody, and with UFFD_EVENT_UNMAP it waits for a reader, who may be the sentinel: so unregister
+ * before it, all of it, also where the caller has unmapped parts and the kernel refuses the whole;
  *  - a private mapping reserves memory for all of it unless MAP_NORESERVE;
  *  - a read-only fd of a sealed block cannot be registered through a shared mapping, through a private one it can;
  *  - CONTINUE answers whether a page is present (EFAULT: no) in any registered mapping of a memfd, also if only MISSING
@@ -323,7 +323,8 @@ void memory_complete(struct pcshare_attachment *a)
 /* A page that is mapped already, or was removed, is left out. */
 void memory_map_received(struct pcshare_attachment *a, uint64_t offset, uint64_t length)
 {
-    uint64_t page = offset / a->info.page_size, last = (offset + length + a->info.page_size - 1) / a->info.page_size, done;
+    uint64_t page = offset / a->info.page_size, last = (offset + length + a->info.page_size - 1) / a->info.page_size;
+    uint64_t done;
 
     for (page = bitmap_next_set(a->view->received, page, last); page < last;
          page = bitmap_next_set(a->view->received, page, last)) {

@@ -123,8 +123,8 @@ static int check_range(const struct pcshare_attachment *a, uint64_t offset, uint
                        a->info.idstr, a->info.used_length, length, offset);
 }
 
-/* Of a sparse block the bitmap is sparse too, and to look into a hole of it with /dev/shm full would be SIGBUS: what has
- * no memory has no bit. (Linux before 5.14 does not know the question.) */
+/* Of a sparse block the bitmap is sparse too, and to look into a hole of it with /dev/shm full would be SIGBUS: what
+ * has no memory has no bit. (Linux before 5.14 does not know the question.) */
 static int bits_are_there(const uint64_t *received, uint64_t page)
 {
     uint64_t host_page = (uint64_t)sysconf(_SC_PAGESIZE), bits = host_page * 8;

@@ -94,8 +94,8 @@ void incoming_free(struct incoming *in);
  * -ENOSPC: INCOMING_BLOCKS_MAX; -ENOMEM: also of huge pages. */
 int incoming_add_block(struct incoming *in, const char *idstr, uint64_t used_length, uint64_t page_size, int memfd,
                        uint32_t *indexp);
-/* A block that is past LISTEN, of a migration that a coordinator before this one took in: received has a bit for each of
- * its host pages that is in memory, and what lies outside of extents (bytes) came as zeros. It is as after
+/* A block that is past LISTEN, of a migration that a coordinator before this one took in: received has a bit for each
+ * of its host pages that is in memory, and what lies outside of extents (bytes) came as zeros. It is as after
  * incoming_unmap_block. Errors as of incoming_add_block. */
 int incoming_take_block(struct incoming *in, const char *idstr, uint64_t used_length, uint64_t page_size,
                         const uint64_t *received, const struct ramblock_extent *extents, uint64_t n_extents,

@@ -1,10 +1,9 @@
-/* ramblock: see ramblock.h. */
+/* ramblock: see ramblock.h. Its life: memory, mappings, bitmaps. */
 #define _GNU_SOURCE
-#include "ramblock.h"
+#include "ramblock_internal.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,28 +13,8 @@
 
 #include "bitmap.h"
 #include "error.h"
-#include "memory_room.h"
 #include "place_gate.h"
-#include "trace.h"
 #include "uffd.h"
-
-enum { PLACE_TRIES_MAX = 1000 }; /* EAGAIN in a row: the keeper's address space moves only while it makes a block */
-
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23 /* Linux 5.14; older headers lack it */
-#endif
-
-static _Alignas(4096) uint8_t zero_page[RAMBLOCK_PAGE_SIZE_MAX]; /* never written; not const, so that it lies in .bss */
-
-static void count(uint64_t *counter, uint64_t n)
-{
-    __atomic_fetch_add(counter, n, __ATOMIC_RELAXED);
-}
-
-static void discount(uint64_t *counter, uint64_t n)
-{
-    __atomic_fetch_sub(counter, n, __ATOMIC_ACQ_REL);
-}
 
 /* ---- making ---- */
 
@@ -77,13 +56,6 @@ static int check_sizes(const struct ramblock *b, char *text)
     return 0;
 }
 
-/* The keeper's mapping holds every huge page of such a block, so a hole left open would find none in a private mapping.
- */
-static int needs_every_page(const struct ramblock *b)
-{
-    return b->page_size > (uint64_t)getpagesize();
-}
-
 /* Widens the extents to whole pages and merges what then touches. */
 static int set_extents(struct ramblock *b, const struct ramblock_extent *data, uint64_t n_data)
 {
@@ -114,12 +86,6 @@ static void hold_no_holes(struct ramblock *b)
     b->n_data = 1;
 }
 
-/* Which page of the received bitmap holds the bit of a page. */
-static uint64_t bitmap_page_of(uint64_t page)
-{
-    return page / ((uint64_t)getpagesize() * 8);
-}
-
 static int make_bitmaps(struct ramblock *b)
 {
     uint64_t **bitmaps[] = {&b->placing, &b->requested, &b->failed, &b->poisoned, &b->lifted};
@@ -128,7 +94,7 @@ static int make_bitmaps(struct ramblock *b)
     for (size_t i = 0; rc == 0 && i < sizeof(bitmaps) / sizeof(*bitmaps); i++)
         rc = bitmap_new(bitmaps[i], b->page_count);
     if (rc == 0)
-        rc = bitmap_new(&b->reserved, bitmap_page_of(b->page_count - 1) + 1);
+        rc = bitmap_new(&b->reserved, ramblock_bitmap_page_of(b->page_count - 1) + 1);
     return rc;
 }
 
@@ -172,7 +138,8 @@ static int check_memory(const struct ramblock *b, char *text)
 
     if (fstat(b->memfd, &stat) < 0)
         return -errno;
-    if ((uint64_t)stat.st_size == b->map_length && (!needs_every_page(b) || (uint64_t)stat.st_blksize == b->page_size))
+    if ((uint64_t)stat.st_size == b->map_length &&
+        (!ramblock_needs_every_page(b) || (uint64_t)stat.st_blksize == b->page_size))
         return 0;
     snprintf(text, CORE_ERROR_TEXT_MAX, "block %s: its memory of %llu bytes is not what was made for it", b->idstr,
              (unsigned long long)stat.st_size);
@@ -230,7 +197,7 @@ static int prepare_memory(const struct ramblock *b, char *text)
 static uint64_t next_present(const struct ramblock *b, uint64_t page, uint64_t end, uint64_t *startp)
 {
     *startp = page;
-    if (needs_every_page(b))
+    if (ramblock_needs_every_page(b))
         return end;
     off_t data = lseek(b->memfd, (off_t)(page * b->page_size), SEEK_DATA);
     *startp = data < 0 ? end : (uint64_t)data / b->page_size;
@@ -349,7 +316,7 @@ static void describe(struct ramblock *b)
 /* What is in the memory already, made to fit the bitmap; before anybody can place a page. */
 static int settle_memory(struct ramblock *b, enum origin origin)
 {
-    if (origin == ORIGIN_DEFERRED && needs_every_page(b))
+    if (origin == ORIGIN_DEFERRED && ramblock_needs_every_page(b))
         return fill_holes(b);
     if (origin != ORIGIN_KEPT)
         return 0;
@@ -366,7 +333,7 @@ static int make(struct ramblock *b, enum origin origin, const struct ramblock_ex
         b->page_count = b->map_length / b->page_size;
         rc = set_extents(b, data, n_data);
     }
-    if (rc == 0 && needs_every_page(b) && origin != ORIGIN_DEFERRED)
+    if (rc == 0 && ramblock_needs_every_page(b) && origin != ORIGIN_DEFERRED)
         hold_no_holes(b);
     if (rc == 0)
         rc = make_bitmaps(b);
@@ -441,7 +408,7 @@ void ramblock_free(struct ramblock *b)
     give_back(b->keeper, b->keeper_block, b->memfd);
     close_fd(&b->placing_uffd);
     close_fd(&b->helper_memfd);
-    bitmap_free(b->reserved, bitmap_page_of(b->page_count - 1) + 1);
+    bitmap_free(b->reserved, ramblock_bitmap_page_of(b->page_count - 1) + 1);
     bitmap_free(b->placing, b->page_count);
     bitmap_free(b->requested, b->page_count);
     bitmap_free(b->failed, b->page_count);
@@ -458,354 +425,4 @@ void ramblock_complete(struct ramblock *b)
     (void)uffd_unregister(b->own_uffd, (uint64_t)(uintptr_t)b->host_addr, b->map_length);
     (void)madvise(b->host_addr, b->map_length, MADV_HUGEPAGE);
     (void)keeper_complete_block(b->keeper, b->keeper_block);
-}
-
-/* ---- asking ---- */
-
-/* Of a sparse block the received bitmap has memory only where it is needed. With /dev/shm full a look at such a hole or
- * a write would be SIGBUS; this says so instead. Linux before 5.14 does not know the question (EINVAL). */
-static int reserve_bits(const struct ramblock *b, uint64_t page, uint64_t end)
-{
-    size_t host_page = (size_t)getpagesize();
-
-    for (uint64_t at = bitmap_page_of(page); at <= bitmap_page_of(end - 1); at++) {
-        if (bitmap_test(b->reserved, at))
-            continue;
-        if (madvise((uint8_t *)b->received + at * host_page, host_page, MADV_POPULATE_WRITE) < 0 && errno != EINVAL)
-            return errno == EFAULT ? -ENOSPC : -errno;
-        bitmap_test_and_set(b->reserved, at);
-    }
-    return 0;
-}
-
-/* Where there is no room for its bit it is not. */
-int ramblock_is_received(const struct ramblock *b, uint64_t page)
-{
-    return reserve_bits(b, page, page + 1) == 0 && bitmap_test(b->received, page);
-}
-
-/* The index of the first extent that ends after the page; n_data if there is none. */
-static uint64_t extent_after(const struct ramblock *b, uint64_t page)
-{
-    uint64_t low = 0, high = b->n_data;
-
-    while (low < high) {
-        uint64_t middle = low + (high - low) / 2;
-        if (b->data[middle].end > page)
-            high = middle;
-        else
-            low = middle + 1;
-    }
-    return low;
-}
-
-int ramblock_is_hole(const struct ramblock *b, uint64_t page)
-{
-    uint64_t i = extent_after(b, page);
-
-    return i == b->n_data || page < b->data[i].start;
-}
-
-uint64_t ramblock_next_missing(const struct ramblock *b, uint64_t start, uint64_t end)
-{
-    for (uint64_t i = extent_after(b, start); i < b->n_data && b->data[i].start < end; i++) {
-        uint64_t from = b->data[i].start > start ? b->data[i].start : start;
-        uint64_t to = b->data[i].end < end ? b->data[i].end : end;
-        uint64_t page = bitmap_next_clear(b->received, from, to);
-        if (page < to)
-            return page;
-    }
-    return end;
-}
-
-uint64_t ramblock_claim_missing(struct ramblock *b, uint64_t start, uint64_t end, uint64_t max, uint64_t *firstp)
-{
-    uint64_t page = start, n = 0;
-
-    for (;;) {
-        uint64_t missing = ramblock_next_missing(b, page, end);
-        if (missing >= end)
-            return 0;
-        page = bitmap_next_clear(b->requested, missing, end);
-        if (page == missing && !bitmap_test_and_set(b->requested, page))
-            break;
-        if (page == missing)
-            page++;
-    }
-    uint64_t extent_end = b->data[extent_after(b, page)].end;
-    *firstp = page;
-    for (n = 1; n < max && page + n < end && page + n < extent_end; n++)
-        if (bitmap_test(b->received, page + n) || bitmap_test_and_set(b->requested, page + n))
-            break;
-    return n;
-}
-
-static int claim_one(struct ramblock *b, uint64_t page)
-{
-    return ramblock_next_missing(b, page, page + 1) == page && !bitmap_test_and_set(b->requested, page);
-}
-
-uint64_t ramblock_claim_around(struct ramblock *b, uint64_t page, uint64_t start, uint64_t end, uint64_t *firstp)
-{
-    uint64_t first = page, last = page + 1;
-
-    *firstp = page;
-    if (bitmap_test_and_set(b->requested, page))
-        return 0;
-    while (first > start && claim_one(b, first - 1))
-        first--;
-    while (last < end && claim_one(b, last))
-        last++;
-    *firstp = first;
-    return last - first;
-}
-
-/* ---- placing ---- */
-
-static void set_received(struct ramblock *b, uint64_t page)
-{
-    if (bitmap_test_and_set(b->received, page))
-        return;
-    count(&b->status->received_pages, 1);
-    if (ramblock_is_hole(b, page))
-        discount(&b->status->hole_pages, 1);
-    else
-        discount(&b->missing_pages, 1);
-}
-
-/* Memory first, then the bit, then the right to place is given up. */
-static void finish_pages(struct ramblock *b, uint64_t page, uint64_t n)
-{
-    for (uint64_t i = page; i < page + n; i++) {
-        set_received(b, i);
-        bitmap_test_and_clear(b->placing, i);
-    }
-}
-
-/* How many pages from here on are ours to place now: not received, and nobody else at them. */
-static uint64_t acquire_run(struct ramblock *b, uint64_t page, uint64_t end)
-{
-    uint64_t n = 0;
-
-    for (; page + n < end; n++) {
-        if (bitmap_test(b->received, page + n) || bitmap_test_and_set(b->placing, page + n))
-            break;
-        if (bitmap_test(b->received, page + n)) {
-            bitmap_test_and_clear(b->placing, page + n);
-            break;
-        }
-    }
-    return n;
-}
-
-/* Present, not received, and only we may place it: somebody planted it, unless a coordinator died over it, or the block
- * is complete: who knows that already is registered no more, and its touch of a hole makes the page. */
-static int is_foreign(struct ramblock *b, uint64_t page)
-{
-    if (b->recovered && bitmap_test_and_clear(b->recovered, page))
-        return 0;
-    return __atomic_load_n(&b->missing_pages, __ATOMIC_ACQUIRE) > 0 || !ramblock_is_hole(b, page);
-}
-
-/* In a writable block it may be a write: it stays. */
-static int meet_present_page(struct ramblock *b, uint64_t page, const void *bytes)
-{
-    if (is_foreign(b, page)) {
-        count(&b->foreign_pages, 1);
-        count(&b->status->foreign_pages, 1);
-        __atomic_store_n(&b->foreign_offset, page * b->page_size, __ATOMIC_RELAXED);
-        trace_point(TRACE_FOREIGN, b->index, 0, page, 0);
-    }
-    return b->writable ? 0 : keeper_repair(b->keeper, b->keeper_block, page * b->page_size, bytes, b->page_size);
-}
-
-static int copy_in(struct ramblock *b, uint64_t page, uint64_t n, const uint8_t *bytes, uint64_t *donep)
-{
-    return uffd_copy(b->placing_uffd, b->place_addr + page * b->page_size, bytes, n * b->page_size, donep);
-}
-
-/* Of a complete block the keeper's mapping is registered no more, and nobody may be told to wait for what it has not: a
- * hole, or a page that a helper removed. Made as anybody's touch would make it. */
-static int make_zero_page(const struct ramblock *b, uint64_t page, uint64_t *donep)
-{
-    if (fallocate(b->memfd, FALLOC_FL_KEEP_SIZE, (off_t)(page * b->page_size), (off_t)b->page_size) < 0)
-        return -errno;
-    *donep = b->page_size;
-    return 0;
-}
-
-static int zero_in(struct ramblock *b, uint64_t page, uint64_t n, uint64_t *donep)
-{
-    uint64_t addr = b->place_addr + page * b->page_size;
-    int rc = b->can_zeropage ? uffd_zeropage(b->placing_uffd, addr, n * b->page_size, donep)
-                             : copy_in(b, page, 1, zero_page, donep);
-
-    if (rc == -ENOENT && __atomic_load_n(&b->missing_pages, __ATOMIC_ACQUIRE) == 0)
-        rc = make_zero_page(b, page, donep);
-    return rc;
-}
-
-/* Places pages that we hold the placing bits of; gives the bits up whatever happens. bytes NULL: zeros. */
-static int place_run(struct ramblock *b, uint64_t page, uint64_t n, const uint8_t *bytes, uint64_t *placed_pagesp)
-{
-    uint64_t placed = 0;
-    int tries = 0;
-
-    while (placed < n) {
-        uint64_t done = 0, at = page + placed;
-        int rc = bytes ? copy_in(b, at, n - placed, bytes + placed * b->page_size, &done)
-                       : zero_in(b, at, n - placed, &done);
-
-        if (done)
-            trace_point(TRACE_PLACED, b->index, 0, at, done / b->page_size);
-        finish_pages(b, at, done / b->page_size);
-        placed += done / b->page_size;
-        *placed_pagesp += done / b->page_size;
-        tries = done ? 0 : tries + 1;
-        if (rc == -EEXIST) {
-            trace_point(TRACE_PLACE_PRESENT, b->index, 0, page + placed, 0);
-            rc = meet_present_page(b, page + placed, bytes ? bytes + placed * b->page_size : zero_page);
-            if (rc == 0)
-                finish_pages(b, page + placed++, 1);
-        } else if (rc == -EAGAIN && tries < PLACE_TRIES_MAX) {
-            if (!done)
-                sched_yield();
-            continue;
-        }
-        if (rc < 0) {
-            bitmap_clear_range(b->placing, page + placed, page + n);
-            return rc;
-        }
-    }
-    return 0;
-}
-
-/* bytes NULL: zeros. */
-static int place_between(struct ramblock *b, uint64_t page, uint64_t end, const uint8_t *bytes, uint64_t *placed_pagesp)
-{
-    uint64_t at = page;
-    int rc;
-
-    while (at < end) {
-        uint64_t run = acquire_run(b, at, end);
-        if (run == 0) {
-            at++;
-            continue;
-        }
-        rc = place_run(b, at, run, bytes ? bytes + (at - page) * b->page_size : NULL, placed_pagesp);
-        if (rc < 0)
-            return rc;
-        at += run;
-    }
-    return 0;
-}
-
-/* Inside the gate from the look at the received bits to the end of the COPY: what is removed meanwhile is not placed.
- */
-static int place_gated(struct ramblock *b, uint64_t page, uint64_t end, const uint8_t *bytes, uint64_t *placed_pagesp)
-{
-    uint64_t most = b->page_size < PLACE_GATE_BYTES ? PLACE_GATE_BYTES / b->page_size : 1;
-    int rc = 0;
-
-    for (uint64_t at = page; at < end && rc == 0; at += most) {
-        place_gate_enter(b->gate);
-        rc = place_between(b, at, at + most < end ? at + most : end, bytes ? bytes + (at - page) * b->page_size : NULL,
-                           placed_pagesp);
-        place_gate_leave(b->gate);
-    }
-    return rc;
-}
-
-/* Before anybody is kept waiting for these pages: their bits, and where there is a limit their memory, have room. */
-static int make_room(struct ramblock *b, uint64_t page, uint64_t n_pages)
-{
-    int rc = n_pages ? reserve_bits(b, page, page + n_pages) : 0;
-
-    if (rc == 0 && !needs_every_page(b)) /* huge pages were set aside when the block was made */
-        rc = memory_room_take(n_pages * b->page_size);
-    return rc;
-}
-
-static int place_pages(struct ramblock *b, uint64_t page, uint64_t n_pages, const uint8_t *bytes,
-                       uint64_t *placed_pagesp)
-{
-    *placed_pagesp = 0;
-    int rc = make_room(b, page, n_pages);
-    if (rc == 0)
-        rc = b->gate ? place_gated(b, page, page + n_pages, bytes, placed_pagesp)
-                     : place_between(b, page, page + n_pages, bytes, placed_pagesp);
-    return rc < 0 ? rc : *placed_pagesp ? RAMBLOCK_PLACED : RAMBLOCK_PRESENT;
-}
-
-int ramblock_place(struct ramblock *b, uint64_t page, uint64_t n_pages, const void *bytes, uint64_t *placed_pagesp)
-{
-    int rc = place_pages(b, page, n_pages, bytes, placed_pagesp);
-
-    if (rc >= 0)
-        trace_point(TRACE_PLACE, b->index, 0, page, *placed_pagesp);
-    return rc;
-}
-
-int ramblock_place_zeros(struct ramblock *b, uint64_t page, uint64_t n_pages, uint64_t *placed_pagesp)
-{
-    int rc = place_pages(b, page, n_pages, NULL, placed_pagesp);
-
-    count(&b->status->zero_pages, *placed_pagesp);
-    trace_point(TRACE_PLACE_ZERO, b->index, 0, page, *placed_pagesp);
-    return rc;
-}
-
-int ramblock_place_zero(struct ramblock *b, uint64_t page)
-{
-    uint64_t placed;
-
-    return ramblock_place_zeros(b, page, 1, &placed);
-}
-
-int ramblock_revive(struct ramblock *b, uint64_t page)
-{
-    uint64_t done;
-    int rc = zero_in(b, page, 1, &done);
-
-    if (rc == -EEXIST)
-        return RAMBLOCK_PRESENT;
-    if (rc == 0)
-        count(&b->status->zero_pages, 1);
-    return rc;
-}
-
-/* Whole runs at a time: a helper may remove terabytes at once, and placers wait meanwhile. */
-uint64_t ramblock_remove(struct ramblock *b, uint64_t start_page, uint64_t end_page)
-{
-    uint64_t removed = 0, page = ramblock_next_missing(b, start_page, end_page);
-
-    while (page < end_page) {
-        uint64_t extent_end = b->data[extent_after(b, page)].end;
-        uint64_t end = bitmap_next_set(b->received, page, extent_end < end_page ? extent_end : end_page);
-        bitmap_set_range(b->received, page, end);
-        removed += end - page;
-        page = ramblock_next_missing(b, end, end_page);
-    }
-    count(&b->status->received_pages, removed);
-    count(&b->status->removed_pages, removed);
-    discount(&b->missing_pages, removed);
-    trace_point(TRACE_REMOVE, b->index, 0, start_page, end_page - start_page);
-    return removed;
-}
-
-int ramblock_discard(struct ramblock *b, uint64_t start_page, uint64_t n_pages)
-{
-    if (start_page > b->page_count || n_pages > b->page_count - start_page)
-        return -EINVAL;
-    if (fallocate(b->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(start_page * b->page_size),
-                  (off_t)(n_pages * b->page_size)) < 0)
-        return -errno;
-    for (uint64_t page = bitmap_next_set(b->received, start_page, start_page + n_pages); page < start_page + n_pages;
-         page = bitmap_next_set(b->received, page + 1, start_page + n_pages)) {
-        bitmap_test_and_clear(b->received, page);
-        discount(&b->status->received_pages, 1);
-        count(ramblock_is_hole(b, page) ? &b->status->hole_pages : &b->missing_pages, 1);
-    }
-    trace_point(TRACE_BLOCK_DISCARD, b->index, 0, start_page, n_pages);
-    return 0;
 }

@@ -7,7 +7,7 @@
  *  - a page that is received yet faults in a writable block was removed by a helper and comes back as zeros;
  *  - a coordinator that is killed may leave pages that are placed and not yet received: no foreign pages, if the block
  * is taken over, though in a read-only one the source's bytes are stored over them once more;
- *  - who knows that a block is complete is registered no more, and makes the page of a hole by touching it: not foreign;
+ *  - who knows that a block is complete is registered no more, and touching a hole makes its page: not foreign;
  *  - one that is removed before it was received counts as received from then on, and is never placed (place_gate.h);
  *  - hugetlb offers no ZEROPAGE: one shared zero page of the largest size is copied instead.
  */
@@ -55,13 +55,13 @@ struct ramblock {
     uint32_t keeper_block;
     struct keeper *keeper;
     struct place_gate *gate; /* of a writable block: placing and reading its helpers' events keep apart. Else NULL */
-    uint64_t *received;  /* in the status segment */
-    uint64_t *reserved;  /* which pages of the received bitmap have memory: a bit each */
-    uint64_t *placing;   /* who holds a page's bit may place it */
-    uint64_t *requested; /* the stream asked for it and has no answer yet, or it is lost: not to be asked for */
-    uint64_t *failed;    /* the source lost it: a touch is poisoned, or waits */
-    uint64_t *poisoned;  /* some helper has a poison mark there, to be lifted when the page arrives after all */
-    uint64_t *lifted;    /* that was done; a child of fork may come later with a mark that it inherited */
+    uint64_t *received;      /* in the status segment */
+    uint64_t *reserved;      /* which pages of the received bitmap have memory: a bit each */
+    uint64_t *placing;       /* who holds a page's bit may place it */
+    uint64_t *requested;     /* the stream asked for it and has no answer yet, or it is lost: not to be asked for */
+    uint64_t *failed;        /* the source lost it: a touch is poisoned, or waits */
+    uint64_t *poisoned;      /* some helper has a poison mark there, to be lifted when the page arrives after all */
+    uint64_t *lifted;        /* that was done; a child of fork may come later with a mark that it inherited */
     uint64_t n_lifted;
     uint64_t *recovered; /* of a block taken over: may be present although nobody has noted it. NULL: of no page */
     struct ramblock_extent *data; /* page-aligned, in pages */
@@ -84,7 +84,8 @@ enum {
  * memory NULL: new and empty. Else the keeper's deferred block, which belongs to this one from here on, also on
  * failure, as its memfd does; received then tells which pages are in it. Whatever else it holds is forgotten before it
  * is sealed; a page that is said to be received and is not there: -EIO. Holes of huge pages are filled.
- * A kept block stays the keeper's until it is freed here, also where this fails; received and the counters of status go on where they were. */
+ * A kept block stays the keeper's until it is freed here, also where this fails; received and the counters of status go
+ * on where they were. */
 int ramblock_new(struct ramblock **bp, struct keeper *keeper, const struct ramblock_memory *memory, const char *idstr,
                  uint64_t used_length, uint64_t map_length, uint64_t page_size, int writable,
                  const struct ramblock_extent *data, uint64_t n_data, uint32_t index, struct status_block *status,

@@ -94,8 +94,7 @@ int waiters_add(struct waiters *w, struct ramblock *block, uint64_t page, struct
     pthread_mutex_lock(&w->lock);
     struct wait_entry *entry = find_or_add(w, block, page);
     if (entry) {
-        is_in_hand =
-            entry->asked == WAITERS_ASKED || (entry->asked == WAITERS_QUEUED && has_waiter_of(entry, remote));
+        is_in_hand = entry->asked == WAITERS_ASKED || (entry->asked == WAITERS_QUEUED && has_waiter_of(entry, remote));
         rc = add_waiter(entry, remote, tid, now_ns);
     }
     if (rc == 0) {
@@ -223,8 +222,8 @@ static int is_unasked(const struct wait_entry *entry, const struct ramblock *blo
     return entry->block == block && !entry->asked && entry->waiters;
 }
 
-int waiters_next_unasked(struct waiters *w, struct ramblock *block, uint64_t now_ns, uint32_t *bucketp,
-                         uint64_t *pagep, struct remote_fd **remotep)
+int waiters_next_unasked(struct waiters *w, struct ramblock *block, uint64_t now_ns, uint32_t *bucketp, uint64_t *pagep,
+                         struct remote_fd **remotep)
 {
     pthread_mutex_lock(&w->lock);
     struct wait_entry *entry = next_entry(w, bucketp, is_unasked, block, 0);
@@ -265,8 +264,7 @@ static int is_newly_late(const struct wait_entry *entry, const struct ramblock *
     return entry->asked == WAITERS_ASKED && !entry->late && entry->waiters && entry->asked_ns <= then_ns;
 }
 
-int waiters_next_late(struct waiters *w, uint64_t then_ns, uint32_t *bucketp, struct ramblock **blockp,
-                      uint64_t *pagep)
+int waiters_next_late(struct waiters *w, uint64_t then_ns, uint32_t *bucketp, struct ramblock **blockp, uint64_t *pagep)
 {
     pthread_mutex_lock(&w->lock);
     struct wait_entry *entry = next_entry(w, bucketp, is_newly_late, NULL, then_ns);

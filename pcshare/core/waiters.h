@@ -53,9 +53,9 @@ enum {
 
 void waiters_init(struct waiters *w);
 void waiters_deinit(struct waiters *w);
-/* Notes that a thread waits; ask: what the caller is going to do about it (WAITERS_ASKED, _QUEUED, or _UNASKED: nothing)
- * unless somebody has. WAITERS_ASK, WAITERS_JOINED, or -ENOMEM. A page that only others have in their queues is not
- * asked for: nobody waits behind what another helper wants. */
+/* Notes that a thread waits; ask: what the caller is going to do about it (WAITERS_ASKED, _QUEUED, or _UNASKED:
+ * nothing) unless somebody has. WAITERS_ASK, WAITERS_JOINED, or -ENOMEM. A page that only others have in their queues
+ * is not asked for: nobody waits behind what another helper wants. */
 int waiters_add(struct waiters *w, struct ramblock *block, uint64_t page, struct remote_fd *remote, uint32_t tid,
                 uint64_t now_ns, int ask);
 /* Takes out everybody who waits for [page, page + n): the caller wakes and frees them. NULL: nobody. */
@@ -67,8 +67,8 @@ void waiters_free_list(struct waiter *list);
 void waiters_unask(struct waiters *w, struct ramblock *block, uint64_t page);
 /* Some entry of the block that is not asked, now marked queued: 1, *pagep and a helper that waits for it, counted, or
  * 0. *bucketp is where to go on, from 0. */
-int waiters_next_unasked(struct waiters *w, struct ramblock *block, uint64_t now_ns, uint32_t *bucketp,
-                         uint64_t *pagep, struct remote_fd **remotep);
+int waiters_next_unasked(struct waiters *w, struct ramblock *block, uint64_t now_ns, uint32_t *bucketp, uint64_t *pagep,
+                         struct remote_fd **remotep);
 /* 0: nobody waits any more, or somebody has asked. */
 int waiters_is_queued(struct waiters *w, struct ramblock *block, uint64_t page);
 /* The same; from here on it is asked. */
