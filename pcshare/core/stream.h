@@ -3,8 +3,11 @@
  *
  * Asks in large pieces, a few in flight, fewer while somebody waits in a fault; goes on after the page that was last
  * demanded. Ranges are served in every mode, and behind them what is replayed (stream_replay.h); mode and rate bind the
- * background alone. Where the policy is poison a
- * piece that fails is halved until the lost pages are known one by one. Never answers a fault.
+ * background alone. Where the policy is poison a piece that fails is halved until the lost pages are known one by one.
+ * Never answers a fault.
+ *
+ * Files: stream.c (its life, pieces, the thread), stream_claim.c (what it asks for next), stream_range.c (what helpers
+ * asked for), stream_replay.c (what is asked for in a recorded order).
  */
 #ifndef PCSHARE_STREAM_H
 #define PCSHARE_STREAM_H

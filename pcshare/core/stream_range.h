@@ -1,5 +1,5 @@
-/* stream_range: one range of pages that somebody asked for, in the stream's list. Between stream.c and stream_range.c
- * alone.
+/* stream_range: one range of pages that somebody asked for, in the stream's list. Between stream.c, stream_claim.c and
+ * stream_range.c alone.
  */
 #ifndef PCSHARE_STREAM_RANGE_H
 #define PCSHARE_STREAM_RANGE_H

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "bitmap.h"
+#include "stream_claim.h"
 
 /* ---- the list ---- */
 

@@ -1,6 +1,6 @@
 /* stream_replay: pages that are to be asked for in a given order, ahead of the background: however many runs of them,
- * to the stream they are one thing that it asks "what next?". Between stream.c and stream_replay.c alone; all of it
- * under the stream's lock.
+ * to the stream they are one thing that it asks "what next?". Between stream.c, stream_claim.c and stream_replay.c
+ * alone; all of it under the stream's lock.
  */
 #ifndef PCSHARE_STREAM_REPLAY_H
 #define PCSHARE_STREAM_REPLAY_H
@@ -20,11 +20,5 @@ void stream_replay_answered(struct served_block *served);
 /* The block's source may be asked again: from the start, since some that had been asked for may have failed. */
 void stream_replay_resume(struct served_block *served);
 void stream_replay_drop(struct fault_threads *ft, struct served_block *served);
-
-/* stream.c */
-/* How many pages the block's source may be asked for now; 0: none, as it is paused or has enough to do. There may be
- * more small pieces at once than large ones, but no more bytes; and no more than twice as many with what is not placed
- * yet. */
-uint64_t stream_room_for_small(struct fault_threads *ft, struct served_block *served);
 
 #endif
