@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from pcshare import errors, runtime
@@ -231,4 +232,11 @@ def test_leftovers_are_counted(runtime_dir: Path) -> None:
         child.wait()
         os.close(read_end)
         os.close(write_end)
+    assert before.leaked([]).nothing
+
+
+def test_this_process_which_attaches_too_is_no_leftover(runtime_dir: Path) -> None:
+    """It waits for everything to be copied first, and may be in the coordinator's list for a moment after that."""
+    before = Inventory()
+    before.watch([psutil.Process()])
     assert before.leaked([]).nothing

@@ -252,7 +252,7 @@ def test_death_after_an_end_that_was_no_good_one(scene: Scene) -> None:
     wait_until(lambda: "pages never came" in scene.served.status().reason, "the end to be noticed", WAIT_S)
     for _ in range(2):
         scene.served.restart()
-        assert scene.served.status().state == "PAUSED"
+        scene.wait_for_state("PAUSED")
         assert "pages never came" in scene.served.status().reason
         assert not scene.listens()
         scene.served.wait_for_waiting(1)

@@ -44,8 +44,8 @@ class Inventory:
         self._others: set[psutil.Process] = set()
 
     def watch(self, processes: Iterable[psutil.Process]) -> None:
-        """These belong to the show, whoever is their parent by now."""
-        self._others.update(processes)
+        """These belong to the show, whoever is their parent by now. This process is not, although it attaches."""
+        self._others.update(set(processes) - {self._process})
 
     def leaked(self, names: Iterable[str]) -> Leaked:
         """What has come since and stayed, given time to go. names: of the coordinators there were."""
