@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
 import tempfile
 import time
@@ -14,16 +13,16 @@ from pathlib import Path
 
 import psutil
 
-from pcshare import errors, probe, runtime, trace, transport, working_set
+from pcshare import errors, probe, runtime, trace, working_set
 from pcshare.launcher import Coordinator, Event
 from pcshare.protocol import AdminOp
 from pcshare.status import StatusReport, read_status
-from pcshare.stress import crew, resources, servers, stacks, troupe, world
+from pcshare.stress import crew, resources, servers, stacks, world
+from pcshare.stress.actions import Actions
 from pcshare.stress.arms import Arms
-from pcshare.stress.plan import HUGE_PAGE, PAGE, Action, RoundPlan
+from pcshare.stress.plan import HUGE_PAGE, PAGE, RoundPlan
 from pcshare.stress.resources import Held
 from pcshare.stress.served import RESTART_LIMIT_S, Served
-from pcshare.stress.servers import Server
 from pcshare.stress.tally import Stuck, Tally, Zero
 from pcshare.stress.troupe import Troupe
 
@@ -32,22 +31,10 @@ LEAVE_LIMIT_S = 20.0
 LOOK_AGAIN_S = 0.002
 # How long helpers wait for a coordinator: one that is killed is back in time for a child of fork, which must find it.
 ORPHAN_TIMEOUT_S, ORPHAN_TIMEOUT_KILLS_S = 1.0, 15.0
-ORDER_AGAIN_MS = 50
 LAST_SLOT = -2  # no action of a plan has it
 LAST_ORDER = -1  # and no order this number or one below
 RESUMES_MAX = 50  # in a row, while no source fails: more means that it never works
-GARBAGE_TIMEOUT_S = 5.0
-STEP_LIMIT_S = 6.0  # until somebody has died at its step, counted from the last thing that was done for it
-HOSTILE_LIMIT_S = 20.0  # a helper that breaks the rules takes that long at most, or is killed
 CHECK_ALL_PAGES = 64  # of each attachment, in the end
-NUMPY_PROGRAMS = {"random_lookup", "numpy_user"}
-STREAM_OPS = {
-    "pause": AdminOp.STREAM_PAUSE,
-    "resume": AdminOp.STREAM_RESUME,
-    "rate": AdminOp.STREAM_RATE,
-    "lazy": AdminOp.STREAM_LAZY,
-    "eager": AdminOp.STREAM_EAGER,
-}
 
 
 class Round:
@@ -59,15 +46,9 @@ class Round:
         self._plan, self._folder, self._actors, self._tally = plan, folder, actors, tally
         self._deadline_s, self._hold = deadline_s, hold
         self._name = f"stress-{os.getpid()}-{plan.number}"
-        self._error_file = folder / world.ERROR_FILE
         self._recorded, self._replayed = folder / "recorded.ws", folder / "replayed.ws"
-        self._sources_down = 0
-        self._scrapped: set[str] = set()  # blocks from which a helper removed pages
-        self._planted: set[str] = set()  # blocks in which somebody broke the rules
         self._arms = Arms(folder, tally) if plan.dies_at_steps else None
-        self._resumes = 0
         self._held_s = 0.0
-        self._offenders: set[int] = set()
         self._disabled: set[tuple[int, int]] = set()
         self._foreign = 0
         self._stopping = False
@@ -105,6 +86,17 @@ class Round:
             )
             self._troupe.may_refuse = self._plan.has_low_limit
             closing.callback(self._troupe.close)
+            self._actions = Actions(
+                self._folder,
+                self._blocks,
+                self._servers,
+                self._served,
+                self._troupe,
+                self._tally,
+                self._arms,
+                page_size=self._page_size,
+                poison=self._plan.poison,
+            )
             try:
                 self._act()
                 self._end()
@@ -177,213 +169,15 @@ class Round:
                 break
             self._troupe.pump(action.pause_ms / 1000)
             self._tally.actions[action.kind] += 1
-            self._carry_out(action)
+            self._actions.carry_out(action)
         if self._tally.failures:
             raise Stuck
-
-    def _carry_out(self, action: Action) -> None:
-        single: dict[str, Callable[[Action], object]] = {
-            "kill": self._kill,
-            "kill_attaching": self._kill_attaching,
-            "kill_coordinator": self._kill_coordinator,
-            "replace": self._replace_coordinator,
-            "kill_source": self._kill_source,
-            "stop": self._stop_somebody,
-            "arm": self._arm,
-            "await_death": self._await_death,
-            "offend": self._offend,
-            "plant": self._plant,
-            "remove": self._remove,
-            "touch": self._touch,
-            "kill_touch": self._kill_touch,
-            "helper": self._helper,
-            "stream": self._stream,
-            "source_error": self._source_error,
-            "garbage": self._garbage,
-        }
-        if action.kind in single:
-            single[action.kind](action)
-        else:
-            self._troupe.tell(action.actor, **_order(action))
-
-    def _kill(self, action: Action) -> None:
-        self._troupe.pump(action.after_ms / 1000)
-        self._troupe.kill(action.actor)
-
-    def _kill_attaching(self, action: Action) -> None:
-        """At a random step of the hand-over."""
-        self._troupe.quiet(action.actor)
-        self._troupe.tell(action.actor, **{**_order(action), "kind": "attach"})
-        self._troupe.pump(action.after_ms / 1000)
-        self._troupe.kill(action.actor)
-
-    def _arm(self, action: Action) -> None:
-        """Somebody is killed, and who comes in its place dies at that step."""
-        assert self._arms is not None
-        self._take_dead()
-        party, _, step = action.order.partition(":")
-        if party == "coordinator":
-            self._arms.arm(party, party, step, action.count)
-            self._served.kill()
-            self._troupe.outage_begins()
-        elif party == "helper":
-            self._arms.arm(party, troupe.actor_name(action.actor), step, action.count)
-            self._troupe.kill(action.actor)
-        else:
-            self._arms.arm(party, action.block, step, action.count)
-            self._kill_source(action)
-
-    def _await_death(self, action: Action) -> None:
-        """Not for ever: what makes the step come may have been done already."""
-        assert self._arms is not None
-        deadline_s = time.monotonic() + STEP_LIMIT_S
-        while self._arms.is_waiting() and time.monotonic() < deadline_s:
-            self._troupe.pump(0.02)
-        self._disarm()
-
-    def _take_dead(self) -> None:
-        """Who has died at its step."""
-        for one in self._arms.take_dead() if self._arms is not None else ():
-            if one.party == "coordinator":
-                self._served.has_died()
-                self._troupe.outage_begins()
-            elif one.party == "helper":
-                self._tally.kills += 1
-            else:
-                self._source_gone(self._servers[one.who], 0)
-
-    def _offend(self, action: Action) -> None:
-        """A helper that breaks the protocol, and is cut off."""
-        self._hostile("unknown-type", action)
-
-    def _plant(self, action: Action) -> None:
-        """A helper that fills a page which nobody has read yet; nobody may read it before it is found."""
-        self._planted.add(action.block)
-        self._hostile("fallocates", action)
-
-    def _remove(self, action: Action) -> None:
-        """A helper that removes pages of a block: what it holds from here on is not the source's."""
-        self._scrapped.add(action.block)
-        self._hostile("madv-remove", action)
-
-    def _hostile(self, row: str, action: Action) -> None:
-        path = self._blocks[action.block].path
-        command = [f"--block={action.block}", f"--source={path}", f"--seed={action.seed}", row]
-        hostile = crew.Program.start("hostile", self._served.socket, command)
-        self._offenders.add(hostile.process.pid)
-        deadline_s = time.monotonic() + HOSTILE_LIMIT_S
-        while not hostile.ended() and time.monotonic() < deadline_s:
-            self._troupe.pump(0.02)
-        hostile.close()
-
-    def _kill_coordinator(self, action: Action) -> None:
-        self._troupe.pump(action.after_ms / 1000)
-        self._served.kill()
-        self._troupe.outage_begins()
-
-    def _replace_coordinator(self, action: Action) -> None:
-        self._troupe.pump(action.after_ms / 1000)
-        if not self._served.is_being_replaced:
-            self._served.replace()
-
-    def _kill_source(self, action: Action) -> None:
-        """And another one comes, in time or, with poison, too late for some pages."""
-        server = self._servers[action.block]
-        if not server.is_there:
-            return
-        self._source_gone(server, action.after_ms)
-
-    def _source_gone(self, server: Server, away_ms: int) -> None:
-        server.kill()
-        self._tally.source_kills += 1
-        self._sources_down += 1
-        self._troupe.may_lose |= self._plan.poison
-        self._troupe.later(away_ms, lambda: self._server_back(server))
-
-    def _server_back(self, server: Server) -> None:
-        server.start()
-        self._sources_down -= 1
-        self._resumes = 0
-
-    def _stop_somebody(self, action: Action) -> None:
-        """SIGSTOP, and SIGCONT a while later."""
-        if action.order in ("coordinator", "keeper"):
-            self._served.stop(the_keeper=action.order == "keeper")
-            self._troupe.later(action.after_ms, self._served.go_on)
-        elif action.order == "source":
-            for server in self._servers.values():
-                server.stop()
-                self._troupe.later(action.after_ms, server.go_on)
-        else:
-            process = self._troupe.somebody(action.actor, a_program=action.order == "program")
-            process.send_signal(signal.SIGSTOP)
-            self._troupe.later(action.after_ms, lambda: process.send_signal(signal.SIGCONT))
-
-    def _touch(self, action: Action) -> crew.Program:
-        from pcshare_helpers.expected import expected_touch
-
-        block = self._blocks[action.block]
-        arguments = [f"--block={action.block}", "--pattern=random", f"--seed={action.seed}", f"--count={action.count}"]
-        return self._troupe.start(
-            "touch",
-            arguments,
-            None
-            if block.plan.writable
-            else lambda: expected_touch(block.path, "random", action.seed, action.count, self._page_size),
-        )
-
-    def _kill_touch(self, action: Action) -> None:
-        program = self._touch(action)
-        self._troupe.later(action.after_ms, lambda: self._troupe.kill_program(program))
-
-    def _helper(self, action: Action) -> None:
-        from pcshare_helpers import expected
-
-        program = action.order
-        if program in NUMPY_PROGRAMS and not crew.has_numpy():
-            self._tally.note("numpy is missing: scan instead of random_lookup and numpy_user")
-            program = "scan"
-        path = self._blocks[action.block].path
-        right: dict[str, Callable[[], object]] = {
-            "scan": lambda: expected.expected_scan(path),
-            "random_lookup": lambda: expected.expected_random(path),
-            "forking_pool": lambda: expected.expected_writer(path),
-            "numpy_user": lambda: expected.expected_numpy(path),
-        }
-        self._troupe.start(program, [f"--block={action.block}"], right[program])
-
-    def _stream(self, action: Action) -> None:
-        self._order(STREAM_OPS[action.order], action.count if action.order == "rate" else 0)
-
-    def _order(self, op: AdminOp, argument: int = 0) -> None:
-        """At once if somebody serves, else when somebody does: the plan goes on meanwhile."""
-        if self._served.serves():
-            self._served.order(op, argument)
-        else:
-            self._troupe.later(ORDER_AGAIN_MS, lambda: self._order(op, argument))
-
-    def _source_error(self, action: Action) -> None:
-        if self._error_file.exists():
-            return
-        self._error_file.touch()
-        self._troupe.may_lose |= self._plan.poison
-        self._troupe.later(action.after_ms, self._source_back)
-
-    def _source_back(self) -> None:
-        self._error_file.unlink(missing_ok=True)
-        self._resumes = 0
-        self._order(AdminOp.RESUME)
-
-    def _garbage(self, action: Action) -> None:
-        """A stranger who speaks no protocol."""
-        with contextlib.suppress(OSError), transport.connect(self._served.socket, GARBAGE_TIMEOUT_S) as stranger:
-            stranger.send(random.Random(action.seed).randbytes(action.count))
 
     # -- looks
 
     def _look(self) -> None:
         """At the status segment, a few times a second; at resources once a second."""
-        self._take_dead()
+        self._actions.take_dead()
         self._look_at_servers()
         report = self._report()
         if not self._served.look(report):
@@ -391,11 +185,11 @@ class Round:
             return
         self._troupe.outage_ends()
         for helper in report.helpers:
-            is_known = (helper.slot, helper.pid) in self._disabled or helper.pid in self._offenders
+            is_known = (helper.slot, helper.pid) in self._disabled or helper.pid in self._actions.offenders
             if helper.state == "disabled" and not is_known:
                 self._disabled.add((helper.slot, helper.pid))
                 self._tally.fail(f"helper {helper.pid} on block {helper.block} was cut off and did nothing wrong")
-        foreign = sum(block.foreign_pages for block in report.blocks if block.idstr not in self._planted)
+        foreign = sum(block.foreign_pages for block in report.blocks if block.idstr not in self._actions.planted)
         if foreign > self._foreign:
             self._foreign = foreign
             self._tally.fail(f"{foreign} foreign pages, and nobody broke the rules")
@@ -417,21 +211,21 @@ class Round:
             code = server.ended_by_itself()
             if code is not None:
                 self._tally.note(f"a server that is a source ended by itself, with {code}")
-                self._source_gone(server, 0)
+                self._actions.source_gone(server, 0)
 
     def _needs_resume(self, report: StatusReport) -> bool:
         return any(block.state == "PAUSED" or block.lost_pages for block in report.blocks)
 
     def _resume_if_paused(self, report: StatusReport) -> None:
         """An error that was on its way when the source came back pauses a block again: the operator resumes again."""
-        if self._error_file.exists() or self._sources_down or not self._needs_resume(report):
+        if self._actions.source_fails() or not self._needs_resume(report):
             return
-        self._resumes += 1
-        if self._resumes > RESUMES_MAX:
+        self._actions.resumes += 1
+        if self._actions.resumes > RESUMES_MAX:
             states = [(block.idstr, block.state, block.lost_pages, block.reason) for block in report.blocks]
             self._tally.fail(f"resumed {RESUMES_MAX} times, and the blocks are {states}")
             raise Stuck
-        self._order(AdminOp.RESUME)
+        self._actions.order(AdminOp.RESUME)
 
     def _files(self) -> int:
         return sum(block.plan.kind != "zero" and block.server is None for block in self._blocks.values())
@@ -449,11 +243,11 @@ class Round:
     def _end(self) -> None:
         """Everything works again, everybody answers; then the coordinator's life ends in the plan's way."""
         crowd = self._troupe
-        self._disarm()
+        self._actions.disarm()
         self._served.go_on()
         crowd.pump_until(self._served.serves, "a coordinator", RESTART_LIMIT_S)
         crowd.settle()
-        self._source_back()
+        self._actions.source_back()
         crowd.all_quiet()
         crowd.pump_until(lambda: not self._needs_resume(read_status(self._name)), "an end of the pauses")
         crowd.may_lose = False
@@ -471,12 +265,6 @@ class Round:
         if self._plan.ending == "stay":
             self._ask_without_coordinator({"kind": "leave_all", "slot": -1})
 
-    def _disarm(self) -> None:
-        """Nobody dies any more of what it was told."""
-        if self._arms is not None:
-            self._arms.close()
-            self._take_dead()
-
     def _check_all(self) -> None:
         """Who was there all the time has lost nothing that is not lost any more."""
         for writer in range(self._actors):
@@ -485,9 +273,9 @@ class Round:
 
     def _verify(self) -> None:
         """Every byte and every write is looked at."""
-        self._order(AdminOp.STREAM_EAGER)
+        self._actions.order(AdminOp.STREAM_EAGER)
         for index, block in enumerate(self._blocks):
-            if block in self._scrapped:
+            if block in self._actions.scrapped:
                 continue
             writer, written = index % self._actors, self._troupe.ledger.get(block, {})
             self._troupe.tell(writer, kind="verify", block=block, written=written)
@@ -501,7 +289,7 @@ class Round:
 
     def _end_under_helpers(self) -> None:
         """Pages that are missing when it has gone are SIGBUS after the orphan timeout. Never zeros, never for ever."""
-        self._order(AdminOp.STREAM_LAZY)
+        self._actions.order(AdminOp.STREAM_LAZY)
         last = {
             "kind": "check",
             "slot": LAST_SLOT,
@@ -608,9 +396,3 @@ class Round:
             self._tally.fail(f"after the round: what was recorded is no working set: {error}")
         else:
             self._tally.recorded_pages += sum(recorded.runs.count)
-
-
-def _order(action: Action) -> dict[str, object]:
-    """What an actor is told of an action."""
-    told = ("kind", "slot", "block", "mode", "seed", "count", "after_ms")
-    return {key: getattr(action, key) for key in told}
