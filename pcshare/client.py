@@ -289,8 +289,8 @@ class Block(mmap.mmap):
 
     @property
     def state(self) -> str:
-        """ "attached", "complete", "orphaned" (the coordinator went away, missing pages wait) or "lost" (they are
-        SIGBUS)."""
+        """ "attached", "complete" (all is here: said a moment after wait() has returned), "orphaned" (the coordinator
+        went away, missing pages wait) or "lost" (they are SIGBUS)."""
         return _STATES[lib.pcshare_state(self._living())]
 
     @property

@@ -312,7 +312,7 @@ def test_events_are_read_until_the_helper_has_left(runtime_dir: Path, data_file:
             removing = helper.start("for i in range(2000): b.madvise(mmap.MADV_REMOVE, i % 256 * 4096, 4096)")
             served.wait_for_state("END")
             removing.result()
-            assert helper.do("b.state") == "complete"
+            wait_until(lambda: helper.do("b.state") == "complete", "it to be told")  # noqa: B023
 
 
 def test_child_of_fork_that_removes_at_once_is_heard_by_the_coordinator(

@@ -387,7 +387,7 @@ def test_helper_that_is_stopped_holds_up_nobody(runtime_dir: Path, data_file: Pa
         served.wait_for_state("END")
         os.kill(stopped.pid, signal.SIGCONT)
         assert stopped.do("b.wait(); bytes(b)") == content
-        assert stopped.do("b.state") == "complete"
+        wait_until(lambda: stopped.do("b.state") == "complete", "it to be told")
 
 
 @pytest.mark.parametrize("uid", [None, NOBODY])

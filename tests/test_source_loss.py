@@ -171,9 +171,9 @@ def test_touch_of_a_lost_page_is_sigbus_and_of_no_other(
         assert reader.do(f"read(b, 4 * {PAGE}, {PAGE}) + read(b, 6 * {PAGE}, {PAGE})")
         broken.touch()
         assert touch_ends_with(victim, 5 * PAGE) == signal.SIGBUS
-        block = served.block()
-        assert (block.lost_pages, block.state) == (1, "RUNNING")
-        assert "touching what it lost is SIGBUS" in served.wait_for_state("RUNNING").reason
+        assert served.block().lost_pages == 1
+        wait_until(lambda: "touching what it lost is SIGBUS" in served.block().reason, "the reason")
+        assert served.block().state == "RUNNING"
         broken.unlink()
         for helper in (reader, late):
             for page in (4, 6):
