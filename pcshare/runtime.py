@@ -27,6 +27,7 @@ SOCKET_SUFFIX = ".sock"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", re.ASCII)
 _LISTENING = 0x10000  # __SO_ACCEPTCON, in the flags column of /proc/net/unix
 _UNIX_COLUMNS = 7  # fields before the path
+_LOOKS = 3  # the kernel gives its table out in pieces, and passes an entry over now and then while others come and go
 
 
 def _is_name(text: str, length_max: int) -> bool:
@@ -176,7 +177,10 @@ def find_socket(name: str) -> Path | None:
 
 def is_listening(path: str | Path) -> bool:
     """Whether somebody listens on that Unix socket. Looks and never connects: one that is stopped listens too."""
-    wanted = os.fsencode(path)
+    return any(_is_listed(os.fsencode(path)) for _ in range(_LOOKS))
+
+
+def _is_listed(wanted: bytes) -> bool:
     for line in Path("/proc/net/unix").read_bytes().splitlines()[1:]:
         fields = line.split(None, _UNIX_COLUMNS)
         if len(fields) > _UNIX_COLUMNS and fields[_UNIX_COLUMNS] == wanted and int(fields[3], 16) & _LISTENING:

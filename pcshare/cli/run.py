@@ -31,6 +31,7 @@ SI_KERNEL = 128  # siginfo.si_code: sent by the kernel, as a terminal's driver d
 # Python ignores them for itself; a command expects the default.
 RESTORED = (signal.SIGPIPE, signal.SIGXFSZ)
 PROGRESS_PERIOD_S = 0.1
+HEARS_LIMIT_S, LOOK_AGAIN_S = 1.0, 0.005  # until the coordinator has heard that a process ended
 PROGRESS_REST = 20  # times as long as it took to paint
 EXIT_NOT_FOUND = 127  # as shells say it
 EXIT_NOT_EXECUTABLE = 126
@@ -267,9 +268,16 @@ def _progress_line(coordinator: Coordinator, wanted: bool) -> Iterator[_Progress
 
 
 def _last_report(coordinator: Coordinator) -> StatusReport | None:
-    """How it stood when the command ended; None if the coordinator was gone by then."""
+    """How it stood when the command had ended, and the coordinator heard of helpers that ended with it; None if it was
+    gone by then."""
+    deadline_s = time.monotonic() + HEARS_LIMIT_S
     try:
-        return coordinator.status()
+        while True:
+            report = coordinator.status()
+            has_heard = all(os.path.exists(f"/proc/{helper.pid}") for helper in report.helpers)
+            if has_heard or time.monotonic() >= deadline_s:
+                return report
+            time.sleep(LOOK_AGAIN_S)
     except errors.PcshareError:
         return None
 

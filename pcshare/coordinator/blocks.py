@@ -408,8 +408,8 @@ class Blocks:
 
     def _resume(self, block: Block, fault_threads: FaultThreads) -> None:
         block.failure = block.late = block.note = ""
+        fault_threads.resume_block(block.index)  # first: whoever sees it RUNNING finds nothing lost
         self._show(block)
-        fault_threads.resume_block(block.index)
 
     def hear_links(self, fault_threads: FaultThreads) -> None:
         """Takes what links reports."""

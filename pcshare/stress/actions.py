@@ -57,14 +57,18 @@ class Actions:
         self._blocks, self._servers, self._served = blocks, servers, served
         self._troupe, self._tally, self._arms = troupe, tally, arms
         self._page_size, self._poison = page_size, poison
-        self._sources_down = 0
+        self._down: set[Server] = set()
         self.scrapped: set[str] = set()  # blocks from which a helper removed pages
         self.planted: set[str] = set()  # blocks in which somebody broke the rules
         self.offenders: set[int] = set()  # the pids of those who did
         self.resumes = 0  # in a row, while no source failed
 
     def source_fails(self) -> bool:
-        return self._error_file.exists() or self._sources_down > 0
+        """Whether any does: a server that was killed fails until the next one listens, which takes a while to start."""
+        for server in [server for server in self._down if server.listens()]:
+            self._down.discard(server)
+            self.resumes = 0
+        return self._error_file.exists() or bool(self._down)
 
     def carry_out(self, action: Action) -> None:
         single: dict[str, Callable[[Action], object]] = {
@@ -181,14 +185,9 @@ class Actions:
     def source_gone(self, server: Server, away_ms: int) -> None:
         server.kill()
         self._tally.source_kills += 1
-        self._sources_down += 1
+        self._down.add(server)
         self._troupe.may_lose |= self._poison
-        self._troupe.later(away_ms, lambda: self._server_back(server))
-
-    def _server_back(self, server: Server) -> None:
-        server.start()
-        self._sources_down -= 1
-        self.resumes = 0
+        self._troupe.later(away_ms, server.start)
 
     def _stop_somebody(self, action: Action) -> None:
         """SIGSTOP, and SIGCONT a while later."""

@@ -28,6 +28,7 @@ from pcshare.stress.troupe import Troupe
 
 RESOURCES_PERIOD_S = 1.0
 LEAVE_LIMIT_S = 20.0
+LOSS_LIMIT_S = 0.5  # what a source lost before it was back is known by then
 LOOK_AGAIN_S = 0.002
 # How long helpers wait for a coordinator: one that is killed is back in time for a child of fork, which must find it.
 ORPHAN_TIMEOUT_S, ORPHAN_TIMEOUT_KILLS_S = 1.0, 15.0
@@ -97,6 +98,7 @@ class Round:
                 page_size=self._page_size,
                 poison=self._plan.poison,
             )
+            self._served.note_deaths = self._actions.take_dead
             try:
                 self._act()
                 self._end()
@@ -209,7 +211,10 @@ class Round:
         """One that ends by itself is no failure of ours: another one comes."""
         for server in self._servers.values():
             code = server.ended_by_itself()
-            if code is not None:
+            if code is None:
+                continue
+            self._actions.take_dead()
+            if server.ended_by_itself() is not None:  # else it has died at its step, just now
                 self._tally.note(f"a server that is a source ended by itself, with {code}")
                 self._actions.source_gone(server, 0)
 
@@ -248,7 +253,10 @@ class Round:
         crowd.pump_until(self._served.serves, "a coordinator", RESTART_LIMIT_S)
         crowd.settle()
         self._actions.source_back()
+        crowd.pump_until(lambda: not self._actions.source_fails(), "the servers", servers.LISTEN_LIMIT_S)
         crowd.all_quiet()
+        if self._plan.poison:
+            crowd.pump(LOSS_LIMIT_S)
         crowd.pump_until(lambda: not self._needs_resume(read_status(self._name)), "an end of the pauses")
         crowd.may_lose = False
         self._check_all()

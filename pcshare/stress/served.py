@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO
 
@@ -71,6 +72,7 @@ class Served:
         self._expected_restarts = self._died_at_steps = 0
         self._changed_s = self._killed_s = -RESTART_LIMIT_S
         self._stopped: list[psutil.Process] = []
+        self.note_deaths: Callable[[], None] = lambda: None  # called before anything is held to be a failure
 
     def limit_fds(self, spare: int) -> None:
         """So many more than it has now, for it, its keeper and whoever comes after it."""
@@ -150,6 +152,7 @@ class Served:
                 admin.send(self.socket, op, argument)
                 return
             except (errors.PcshareError, OSError) as error:
+                self.note_deaths()
                 if not self.is_changing():
                     self._tally.fail(f"the order {op.name} failed: {error}")
                     return
@@ -168,6 +171,8 @@ class Served:
     def look(self, report: StatusReport) -> bool:
         """Whether it serves. Failures: it is dead for too long, or died although nobody killed it."""
         self._reap_replacing()
+        if report.restarts > self._expected_restarts or not report.alive:
+            self.note_deaths()
         if report.restarts > self._expected_restarts:
             ended = f"killed or replaced {self._expected_restarts} times"
             self._tally.fail(f"it was started again {report.restarts} times, and {ended}")

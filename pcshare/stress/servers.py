@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from pcshare import runtime
 from pcshare.stress.tally import Stuck
 
 LISTEN_LIMIT_S = 20.0  # until it listens: a start of Python on a loaded machine
@@ -62,6 +63,9 @@ class Server:
         if self._with_nbdkit:
             return [NBDKIT, "--exit-with-parent", "--foreground", "--unix", str(self._socket), "file", str(self._path)]
         return [sys.executable, "-P", "-m", "pcshare", "serve", f"block={self._path}", f"--socket={self._socket}"]
+
+    def listens(self) -> bool:
+        return self.is_there and runtime.is_listening(self._socket)
 
     def wait_until_listening(self) -> None:
         deadline_s = time.monotonic() + LISTEN_LIMIT_S
