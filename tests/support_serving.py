@@ -96,6 +96,19 @@ class HelperProcess:
     def do(self, code: str) -> Any:
         return self.start(code).result()
 
+    def can_be_read(self, page: int) -> bool:
+        """By a system call, to which a page of b that was lost is EFAULT, where a touch would be SIGBUS."""
+        return bool(
+            self.do(
+                "import os\n"
+                "def can_be_read(at, fd):\n"
+                f"    try: return os.write(fd, memoryview(b)[at:at + {PAGE}]) > 0\n"
+                "    except OSError: return False\n"
+                "    finally: os.close(fd)\n"
+                f"can_be_read({page * PAGE}, os.memfd_create('copy'))"
+            )
+        )
+
     def has_answer(self, number: int) -> bool:
         self._receive(0)
         return number in self._answers
@@ -205,6 +218,10 @@ class Serving:
     def wait_for_state(self, state: str, idstr: str = "data") -> BlockStatus:
         wait_until(lambda: self.block(idstr).state == state, f"state {state} of block {idstr}", WAIT_S)
         return self.block(idstr)
+
+    def wait_for_counts(self, idstr: str = "data", **counts: int) -> None:
+        """Until the block's counters are these: a page is counted a moment after it is there."""
+        wait_until(lambda: counts.items() <= vars(self.block(idstr)).items(), f"{counts} of block {idstr}", WAIT_S)
 
     def wait_for_waiting(self, n: int, pid: int | None = None) -> None:
         wait_until(lambda: self.waiting(pid) == n, f"{n} threads to wait for a page", WAIT_S)

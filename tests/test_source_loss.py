@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pcshare.core import ffi, lib
 from pcshare.errors import AttachTimeout, SourceLost
 from pcshare.protocol import AdminOp
 from pcshare.trace import read_trace
@@ -198,9 +199,29 @@ def test_poison_is_lifted_by_resume(runtime_dir: Path, source: str, broken: Path
         served.order(AdminOp.RESUME)
         wait_until(lambda: served.block().lost_pages == 0, "the lost page to be here")
         wait_until(lambda: served.block().received_pages == 1, "the lost page to be here")
+        wait_until(lambda: marked.can_be_read(5), "the mark to be lifted")
         assert marked.do(f"read(b, 5 * {PAGE}, {PAGE})") == content[5 * PAGE : 6 * PAGE]
         assert attached(served).do(f"read(b, 5 * {PAGE}, {PAGE})") == content[5 * PAGE : 6 * PAGE]
         assert (served.block().state, served.block().reason) == ("RUNNING", "")
+
+
+def test_page_that_was_ensured_has_no_mark_although_who_placed_it_has_not_come_to_that(
+    runtime_dir: Path, data_file: Path, tmp_path: Path, content: bytes
+) -> None:
+    """P3, T10: the received bit comes first, and the thread that sets it may sleep before it lifts the marks."""
+    broken = tmp_path / "broken"
+    broken.touch()
+    source = f"data={data_file}#error=EIO@{broken}&delay=2s"
+    with serving(source, stream_mode=LAZY, poison=True) as served:
+        helper = attached(served)
+        assert not helper.can_be_read(5)
+        broken.unlink()
+        served.order(AdminOp.RESUME)  # the page comes in two seconds
+        placed, ram = ffi.new("uint64_t *"), served.ram()
+        assert lib.ramblock_place(ram.pointer, 5, 1, content[5 * PAGE : 6 * PAGE], placed) == lib.RAMBLOCK_PLACED
+        helper.do("b.ensure(slice(0, 0))")
+        helper.do(f"b.ensure(slice({5 * PAGE}, {6 * PAGE}))")
+        assert helper.do(f"read(b, {5 * PAGE}, {PAGE})") == content[5 * PAGE : 6 * PAGE]
 
 
 def test_ensure_and_wait_say_what_was_lost(runtime_dir: Path, source: str, broken: Path, content: bytes) -> None:

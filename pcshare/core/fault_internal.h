@@ -267,6 +267,8 @@ void credit_helper(struct fault_threads *ft, uint32_t remote_id, uint64_t placed
 /* A child of fork comes with the poison marks of its parent's copy-on-write mapping, also of pages that have come
  * meanwhile: takes those off. */
 void lift_inherited(struct remote_fd *remote);
+/* The helper is about to be told that these pages are here: whoever placed one may not have come to its mark yet. */
+void lift_before_told(struct remote_fd *remote, uint64_t page, uint64_t end);
 /* Lifts the marks that a dead coordinator may have left in the helpers that were taken over. Once their uffds are
  * polled: while an event of theirs is unread nothing can be lifted. */
 void lift_what_is_kept(struct fault_threads *ft);

@@ -235,10 +235,17 @@ static void map_ensured(struct pcshare_attachment *a, uint64_t offset, uint64_t 
     }
 }
 
+/* Whether a received page may still have the mark that it was lost: the coordinator takes it away after it has set the
+ * bit. It says DONE when it has. */
+static int may_be_marked(const struct pcshare_attachment *a)
+{
+    return a->state == PCSHARE_ATTACHED && __atomic_load_n(&a->view->block->was_poisoned, __ATOMIC_ACQUIRE);
+}
+
 /* What ensure waits for; *requestp says what was lost. */
 static int ensure_received(struct pcshare_attachment *a, struct helper_request *request, int64_t deadline_ms)
 {
-    if (range_is_received(a, request->offset, request->length))
+    if (range_is_received(a, request->offset, request->length) && (request->length == 0 || !may_be_marked(a)))
         return 0;
     if (a->state == PCSHARE_LOST)
         return lost_connection(a);

@@ -198,6 +198,23 @@ void lift_inherited(struct remote_fd *remote)
         lift_one(remote, i);
 }
 
+static void lift_received(struct remote_fd *remote, const uint64_t *marks, uint64_t page, uint64_t end)
+{
+    for (uint64_t i = bitmap_next_set(marks, page, end); i < end; i = bitmap_next_set(marks, i + 1, end))
+        if (ramblock_is_received(remote->block, i))
+            lift_one(remote, i);
+}
+
+void lift_before_told(struct remote_fd *remote, uint64_t page, uint64_t end)
+{
+    struct ramblock *block = remote->block;
+
+    if (remote->is_own || !__atomic_load_n(&block->status->was_poisoned, __ATOMIC_ACQUIRE))
+        return;
+    lift_received(remote, block->poisoned, page, end);
+    lift_received(remote, block->lifted, page, end);
+}
+
 /* A received page never comes again, and its coordinator may have died before it lifted the marks there. */
 void lift_what_is_kept(struct fault_threads *ft)
 {

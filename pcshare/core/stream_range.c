@@ -48,6 +48,8 @@ void stream_range_end(struct fault_threads *ft, struct stream_range *range, int 
 {
     if (range->remote) {
         __atomic_sub_fetch(range->counted, 1, __ATOMIC_RELAXED); /* first: the answer may bring the next REQUEST */
+        if (range->wait && status == 0)
+            lift_before_told(range->remote, range->start, range->end);
         if (range->wait)
             send_done(ft, range->remote, range->cookie, status, offset, length);
         remote_fd_put(range->remote);
