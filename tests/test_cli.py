@@ -532,7 +532,7 @@ def test_interrupt_of_the_terminal_reaches_the_command_once_and_the_coordinator_
 
 def test_terminal_shows_the_pages_arriving(source: Path, terminal: Callable[..., Terminal]) -> None:
     script = "import pcshare; b = pcshare.attach(); b.wait(1.0, timeout_s=60); b.close()"
-    screen = terminal("run", f"data={source}", "--stream", "256K", "--", sys.executable, "-c", script)
+    screen = terminal("run", f"data={source}", "--stream", "64K", "--", sys.executable, "-c", script)
     seen = screen.read_all()
     assert screen.process.wait(TIMEOUT_S) == 0
     assert "█" in seen

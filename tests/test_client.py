@@ -307,7 +307,7 @@ def test_range_with_steps_is_wrong_usage(served: Serving) -> None:
 @pytest.mark.parametrize("call", ["b.ensure()", "b.wait(timeout_s=20)"])
 def test_other_threads_run_while_one_waits_for_a_range(runtime_dir: Path, data_file: Path, call: str) -> None:
     """The GIL is free meanwhile."""
-    with serving(f"data={data_file}#delay=300ms", stream_mode=PAUSED) as served:
+    with serving(f"data={data_file}#delay=2s", stream_mode=PAUSED) as served:
         helper = served.helper()
         helper.do("b = attach()")
         served.order(AdminOp.STREAM_EAGER)

@@ -25,7 +25,7 @@ from support import wait_until
 from support_coordinator import Serving, coordinator, die_with_parent
 
 DEMO_TIMEOUT_S = 90
-SMALL = ("--size=3M", "--seconds=1")
+SMALL = ("--size=3M", "--seconds=2")
 HELPERS_MIN = 6
 FILE_BYTES = 300_000
 
@@ -78,7 +78,7 @@ def test_demo_shows_right_results_sooner_than_copying_and_leaves_nothing(runtime
     assert told["demand_pages"] > 0
     assert told["stream_pages"] > 0
     assert 0 < told["time_to_first_result_s"] < told["copied_s"] < told["copy_first_s"]
-    assert told["copied_s"] >= 0.9  # the source was as slow as it was told to be
+    assert told["copied_s"] >= 1.8  # the source was as slow as it was told to be
     assert told["total_s"] > 0
     assert told["write_to_read_only_refused"] is True
     assert told["writes"]["stamps"] > 0

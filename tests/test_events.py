@@ -171,7 +171,7 @@ def test_page_that_was_lost_and_is_removed_is_zeros_again(runtime_dir: Path, dat
         assert served.block().lost_pages == 1
         helper.do("b.madvise(mmap.MADV_REMOVE, 5 * 4096, 4096)")
         assert helper.do("read(b, 5 * 4096, 4096)") == bytes(PAGE)
-        assert served.block().lost_pages == 0
+        wait_until(lambda: served.block().lost_pages == 0, "the loss to be forgotten")
 
 
 # ---- what is unmapped and moved ----
@@ -241,7 +241,7 @@ def test_fault_where_pages_were_moved_is_explained_by_the_event_behind_it_also_b
 def test_thread_that_waits_for_a_page_gets_it_although_others_were_moved(
     runtime_dir: Path, data_file: Path, content: bytes
 ) -> None:
-    with serving(f"data={data_file}#delay=1s", stream_mode=LAZY, writable=("data",)) as served:
+    with serving(f"data={data_file}#delay=2s", stream_mode=LAZY, writable=("data",)) as served:
         helper = attached(served)
         helper.do("to = room(8); move(30, 1, to)")
         waiting = [helper.start("peek(to)"), helper.start("peek(at(31))")]

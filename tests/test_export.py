@@ -263,7 +263,7 @@ def test_client_that_hangs_up_while_it_waits_disturbs_nobody(runtime_dir: Path, 
         with client_of(runtime_dir) as client:
             assert client.read(MIB, 4096) == content[MIB : MIB + 4096]
         wait_until(lambda: exporter.num_threads() <= IDLE_THREADS, "an end of the threads of those who went")
-        assert exporter.num_fds() == fds
+        wait_until(lambda: exporter.num_fds() == fds, "an end of their connections")
 
 
 def test_lost_page_is_eio_for_who_reads_it_until_it_is_back(runtime_dir: Path, big: Path, tmp_path: Path) -> None:

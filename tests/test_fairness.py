@@ -73,7 +73,7 @@ def test_page_waits_behind_a_share_of_another_helpers_flood(runtime_dir: Path, s
         flood(flooder, FLOOD)
         served.wait_for_waiting(FLOOD, flooder.pid)
         took_s = [touch_s(other, N_PAGES - 1 - number) for number in range(TOUCHES)]
-        assert served.waiting(flooder.pid) == FLOOD
+        served.wait_for_waiting(FLOOD, flooder.pid)
         assert statistics.median(took_s) < (SHARE + SLACK_PAGES) * PAGE_S
         received = served.block().received_pages
         queued = received + FLOOD - 2  # asked for long after those before it

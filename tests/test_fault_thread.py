@@ -358,7 +358,9 @@ def test_quit_is_joined_and_may_be_told_twice(rig: Rig, data_file: Path) -> None
     rig.add_block(f"data={data_file}#delay=60s&rate=1K")
     rig.threads.set_stream(EAGER)
     rig.threads.stop()
-    assert not [tid for name in ("fault", "stream", "read", "filter") for tid in core_threads(f"pcshare-{name}")]
+    names = [f"pcshare-{name}" for name in ("fault", "stream", "read", "filter")]
+    # A thread that was joined may be listed for a moment.
+    wait_until(lambda: not any(core_threads(name) for name in names), "an end of the threads")
     rig.threads.stop()
     rig.threads.close()
     rig.threads.close()
@@ -681,7 +683,7 @@ def test_second_block_of_one_number_is_refused_and_freed(rig: Rig, data_file: Pa
 def test_one_request_a_page_however_many_wait(runtime_dir: Path, data_file: Path, tmp_path: Path) -> None:
     """D3, E4: and all who wait are woken, one call a helper."""
     trace = tmp_path / "trace"
-    with serving(f"data={data_file}#delay=300ms", stream_mode=LAZY, trace=str(trace)) as served:
+    with serving(f"data={data_file}#delay=2s", stream_mode=LAZY, trace=str(trace)) as served:
         helpers = [served.helper() for _ in range(3)]
         for helper in helpers:
             helper.do("b = attach()")
@@ -716,7 +718,7 @@ def test_nobody_who_does_not_wait_is_woken(runtime_dir: Path, data_file: Path, t
 
 def test_own_wait_is_woken_like_any_other(runtime_dir: Path, data_file: Path) -> None:
     """E6: when a helper's request brings the page."""
-    with serving(f"data={data_file}#delay=100ms", stream_mode=LAZY) as served:
+    with serving(f"data={data_file}#delay=1s", stream_mode=LAZY) as served:
         helper = served.helper()
         helper.do("b = attach()")
         pending = helper.start("read(b, 3 * 4096)")
@@ -727,7 +729,7 @@ def test_own_wait_is_woken_like_any_other(runtime_dir: Path, data_file: Path) ->
 
 def test_waker_that_fails_keeps_no_other_from_being_woken(runtime_dir: Path, data_file: Path) -> None:
     """E4: a helper was killed while it waited for the same page."""
-    with serving(f"data={data_file}#delay=500ms", stream_mode=LAZY) as served:
+    with serving(f"data={data_file}#delay=2s", stream_mode=LAZY) as served:
         victim, other = served.helper(), served.helper()
         for helper in (victim, other):
             helper.do("b = attach()")
@@ -757,7 +759,7 @@ def interrupt():
 
 def test_waiting_thread_that_gets_signals_is_one_waiter(runtime_dir: Path, data_file: Path) -> None:
     """T13, G6: profiled at 1 kHz it faults again and again; it is not cut off and its wait counts once."""
-    with serving(f"data={data_file}#delay=500ms", stream_mode=LAZY) as served:
+    with serving(f"data={data_file}#delay=2s", stream_mode=LAZY) as served:
         helper = served.helper()
         helper.do(INTERRUPT_READER)
         pending = helper.start("read_first()")
@@ -767,7 +769,7 @@ def test_waiting_thread_that_gets_signals_is_one_waiter(runtime_dir: Path, data_
         assert served.waiting() == 1
         assert pending.result() == data_file.read_bytes()[:1]
         interrupting.result()
-        wait_until(lambda: served.helpers(helper.pid)[0].blocktime.max >= 500_000, "the wait to be recorded")
+        wait_until(lambda: served.helpers(helper.pid)[0].blocktime.max >= 2_000_000, "the wait to be recorded")
         served.wait_for_waiting(0)
         (status,) = served.helpers(helper.pid)
         assert status.state == "attached"
@@ -807,8 +809,7 @@ def test_several_fault_threads_serve_all_helpers_right(
         pending = [helper.start(LOAD) for helper in helpers]
         assert [one.result() for one in pending] == [[]] * 3
         served.wait_for_state("END")
-        block = served.block()
-        assert (block.received_pages, block.demand_pages, block.foreign_pages) == (n_pages, n_pages, 0)
+        served.wait_for_counts(received_pages=n_pages, demand_pages=n_pages, foreign_pages=0)
         status = served.status()
         assert status.faults >= n_pages
         wait_until(lambda: sum(served.status().blocktime.buckets) == status.faults, "the last ones to be counted")

@@ -44,6 +44,7 @@ from support_serving import LAZY, PAGE, WAIT_S, Serving, serving
 MIB = 1 << 20
 MIDDLE = 100_000  # bytes into what is sent: somewhere in a record
 SHORT_S = 0.3  # of a time limit that a test reaches
+ANSWERED_S = 2.0  # of one that is reached, too, but not before the coordinator has answered
 
 Scene = AnyScene[Serving]
 
@@ -82,7 +83,7 @@ def test_who_attaches_waits_and_is_told_for_what(scene: Scene) -> None:
     assert scene.served.status().reason == f"waiting for a source at qemu+unix:{scene.path}"
     assert scene.served.status().state == "NONE"
     with pytest.raises(AttachTimeout, match="waiting for a source at"):
-        helper.do(f"attach({RAM!r}, timeout_s={SHORT_S})")
+        helper.do(f"attach({RAM!r}, timeout_s={ANSWERED_S})")
 
     def script(source: Source) -> None:
         source.connect()
@@ -91,7 +92,7 @@ def test_who_attaches_waits_and_is_told_for_what(scene: Scene) -> None:
         scene.wait_for_reason("MiB received")
         assert {block.idstr: block.state for block in scene.served.status().blocks} == {RAM: "ADVISE", ROM: "ADVISE"}
         with pytest.raises(AttachTimeout, match=r"pc\.ram is not there yet: waiting for LISTEN"):
-            helper.do(f"attach({RAM!r}, timeout_s={SHORT_S})")
+            helper.do(f"attach({RAM!r}, timeout_s={ANSWERED_S})")
         source.finish_precopy()
 
     source = play(scene.source(), script)
@@ -149,7 +150,7 @@ def test_last_try_does_not_lose_what_was_waited_for(scene: Scene, monkeypatch: p
     helper = scene.served.helper()
     try:
         with pytest.raises(AttachTimeout, match="waiting for a source at"):
-            helper.do(f"attach({RAM!r}, timeout_s={SHORT_S})")
+            helper.do(f"attach({RAM!r}, timeout_s={ANSWERED_S})")
     finally:
         may_answer.set()
 

@@ -255,11 +255,12 @@ content = open({str(data_file)!r}, 'rb').read()
 
 def test_late_duplicate_never_overwrites_a_write(runtime_dir: Path, data_file: Path, content: bytes) -> None:
     """P2: the page was asked for twice; after the first answer a helper wrote, then came the second."""
-    with serving(f"data={data_file}#delay=300ms", stream_mode=LAZY, writable=("data",)) as served:
+    with serving(f"data={data_file}#delay=2s", stream_mode=LAZY, writable=("data",)) as served:
         writer, other = attached(served), attached(served)
         touching = writer.start("read(b, 8 * 4096, 4)")
         served.wait_for_waiting(1)
-        ensuring = other.start("b.ensure(slice(0, 20 * 4096))")  # asks for the same page again, a little later
+        time.sleep(0.5)  # so much later comes the second answer
+        ensuring = other.start("b.ensure(slice(0, 20 * 4096))")  # asks for the same page again
         assert touching.result() == content[8 * PAGE : 8 * PAGE + 4]
         writer.do("write(b, 8 * 4096, b'written')")
         assert not ensuring.is_done()
@@ -370,8 +371,8 @@ def test_helper_that_is_killed_in_its_hand_over_harms_nobody(
         else:
             victim.do(f"h = hand_over({step!r})")
         victim.kill()
-        wait_until(lambda: len(os.listdir("/proc/self/fd")) == fds_with_victim, "an end of the victim's fds")
-        assert fds_with_victim == fds + 1
+        wait_until(lambda: len(os.listdir("/proc/self/fd")) <= fds_with_victim, "an end of the victim's fds")
+        assert fds_with_victim <= fds + 1  # less where a connection was just being closed
         wait_until(lambda: [h.pid for h in served.status().helpers] == [other.pid], "only the other to be left")
         assert other.do("b.ensure(); bytes(b)") == content
         assert attached(served).do("bytes(b)") == content
@@ -441,7 +442,7 @@ def test_after_the_end_what_is_left_is_plain_memory_with_nobody_in_its_path(
         for helper in helpers:
             assert {"um", "nh", "dd"} <= mapping_flags(helper.pid)
             assert len(uffds(helper.pid)) == 1
-            assert "pcshare-sentine" in core_threads(helper.pid)
+            wait_until(lambda: "pcshare-sentine" in core_threads(helper.pid), "the sentinel's name")  # noqa: B023
         assert {"pcshare-fault", "pcshare-stream"} <= core_threads()
         assert not ended.is_set()
         served.order(AdminOp.STREAM_EAGER)
@@ -452,7 +453,7 @@ def test_after_the_end_what_is_left_is_plain_memory_with_nobody_in_its_path(
             assert not uffds(helper.pid)
             wait_until(lambda: not core_threads(helper.pid), "the sentinel's end")  # noqa: B023
         wait_until(ended.is_set, "INBOUND_END")
-        assert not core_threads()
+        wait_until(lambda: not core_threads(), "the last to be listed no more")
         assert not served.status().helpers
         assert "um" not in mapping_flags(os.getpid()) | mapping_flags(served.server._keeper.pid)
         for helper in helpers:

@@ -227,7 +227,14 @@ def test_page_that_was_given_up_is_lifted_when_it_comes_after_all(rig: Rig, sour
         rig.push(0, content)
         assert rig.segment.block_slot(0).lost_pages == 0
     assert read_own_page(ram, 5) == page_of(content, 5)
-    assert {event.kind for event in rig.events()} == {EventKind.BLOCK_SOURCE_ERROR, EventKind.BLOCK_COMPLETE}
+    told: set[EventKind] = set()
+
+    def both_are_told() -> bool:
+        told.update(event.kind for event in rig.events())
+        return len(told) == 2
+
+    wait_until(both_are_told, "the loss and the end")
+    assert told == {EventKind.BLOCK_SOURCE_ERROR, EventKind.BLOCK_COMPLETE}
 
 
 def test_page_that_cannot_be_placed_leaves_who_waits_for_it_waiting(

@@ -81,10 +81,9 @@ def touching(pages: str, length: int = PAGE) -> str:
 
 def check_scanned(served: Serving, content: bytes, read: bytes) -> None:
     """P1; and each page has come once."""
-    block = served.block()
     assert read == content
-    assert (block.received_pages, block.foreign_pages) == (N_PAGES, 0)
-    assert block.demand_pages + block.stream_pages == N_PAGES
+    served.wait_for_counts(received_pages=N_PAGES, foreign_pages=0)
+    wait_until(lambda: served.block().demand_pages + served.block().stream_pages == N_PAGES, "all to be counted")
 
 
 # ---- sources that have their bytes at hand ----
@@ -102,7 +101,7 @@ def test_without_reading_ahead_each_page_is_a_fault(runtime_dir: Path, data_file
     with serving(f"data={data_file}", stream_mode=LAZY, read_ahead=0) as served:
         helper = attached(served)
         check_scanned(served, content, helper.do(touching(f"range({N_PAGES})")))
-        assert (served.block().demand_pages, served.block().stream_pages) == (N_PAGES, 0)
+        served.wait_for_counts(demand_pages=N_PAGES, stream_pages=0)
         assert served.status().faults >= N_PAGES
 
 
@@ -170,7 +169,7 @@ def test_holes_are_not_filled(runtime_dir: Path, tmp_path: Path, rng: random.Ran
     with serving(f"data={path}", stream_mode=LAZY) as served:
         helper = attached(served)
         assert helper.do(touching("range(8)")) == content[: 8 * PAGE]
-        assert served.block().received_pages == 10  # 8 and 9 lie ahead, and then a hole
+        served.wait_for_counts(received_pages=10)  # 8 and 9 lie ahead, and then a hole
         assert helper.do(touching("range(8, 130)")) == content[8 * PAGE :]
         assert served.block().foreign_pages == 0
 
@@ -290,8 +289,7 @@ def test_server_that_reads_blocks_is_asked_for_the_block_at_once(
         server.reads()
         assert helper.do(touching(repr(pages))) == b"".join(content[page * PAGE : (page + 1) * PAGE] for page in pages)
         assert server.reads() == [(block * AROUND, AROUND) for block in blocks]
-        block = served.block()
-        assert (block.demand_pages, block.stream_pages) == (len(blocks), len(blocks) * (AROUND - 1))
+        served.wait_for_counts(demand_pages=len(blocks), stream_pages=len(blocks) * (AROUND - 1))
         assert helper.do(touching(repr(sorted(blocks)), 1)) is not None  # the rest of what was asked for is whole
         assert served.block().foreign_pages == 0
 
@@ -340,7 +338,7 @@ def test_nbdkit_is_asked_for_its_blocks(runtime_dir: Path, data_file: Path, cont
     ):
         helper = attached(served)
         assert helper.do(touching("[24]")) == page_of(content, 24)
-        assert (served.block().demand_pages, served.block().stream_pages) == (1, AROUND - 1)
+        served.wait_for_counts(demand_pages=1, stream_pages=AROUND - 1)
 
 
 # ---- what fails ----

@@ -99,9 +99,9 @@ WANTED, BESIDE, LAST = 5, 50, 500  # pages
 def test_read_that_fails_for_a_page_that_has_come_is_nobodys_loss(
     runtime_dir: Path, data_file: Path, content: bytes, tmp_path: Path, poison: bool, touch_first: bool
 ) -> None:
-    """P3: both a touch and a range have asked for one page. The rate puts half a second between the two reads."""
+    """P3: both a touch and a range have asked for one page. The rate puts a second between the two reads."""
     broken = tmp_path / "broken"
-    with serving(f"data={data_file}#rate=8K&error=EIO@{broken}", stream_mode=LAZY, poison=poison) as served:
+    with serving(f"data={data_file}#rate=4K&error=EIO@{broken}", stream_mode=LAZY, poison=poison) as served:
         helper, late = served.helper(), served.helper()
         for one in (helper, late):
             one.do("b = attach()")

@@ -272,7 +272,7 @@ def test_coordinator_without_a_keeper_goes_on_under_a_supervisor(
             assert psutil.pid_exists(report.keeper_pid)
         assert helper.do("bytes(b)") == expected
     assert supervisor.stop() == 0
-    assert supervisor.said("STOPPING=1") == 1
+    wait_until(lambda: supervisor.said("STOPPING=1") == 1, "its word")
     wait_until(lambda: not supervisor.names(), "everything to be removed")
     wait_until(lambda: not psutil.pid_exists(report.keeper_pid), "an end of the process with the mappings")
 
@@ -327,7 +327,7 @@ def test_keeper_passes_on_what_it_is_told(supervisor: Supervisor, data_file: Pat
         wait_until(lambda: supervisor.said("READY=1") == 2, "the next one")
         replace = [sys.executable, "-m", "pcshare", "coordinator", f"--name={name}", "--replace"]
         subprocess.run(replace, check=True, timeout=WAIT_S, capture_output=True)
-        assert "next" not in supervisor.names()
+        wait_until(lambda: "next" not in supervisor.names(), "the next one's fds to be in their place")
         assert helper.do("bytes(b)") == content
         helper.do("b.close()")
         wait_until(lambda: "ro.0" not in supervisor.names(), "the helper's fds to go")

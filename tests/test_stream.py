@@ -161,7 +161,7 @@ def test_page_that_is_under_way_is_not_asked_for_by_the_stream(
 ) -> None:
     """D5, D3: it goes on behind the page whose reader still waits."""
     trace = tmp_path / "trace"
-    with serving(f"data={data_file}#delay=200ms", stream_mode=LAZY, trace=str(trace)) as served:
+    with serving(f"data={data_file}#delay=1s", stream_mode=LAZY, trace=str(trace)) as served:
         helper = served.helper()
         helper.do("b = attach()")
         pending = helper.start("read(b, 700 * 4096)")
@@ -191,9 +191,10 @@ def test_demand_does_not_wait_behind_a_slow_stream(runtime_dir: Path, tmp_path: 
     """D4: 200 random pages are there while the stream, at 4 MB/s, has brought a part of 16 MB."""
     n_pages = 4000
     path = make_file(tmp_path, rng, n_pages * PAGE)
-    with serving(f"data={path}#rate=4M", stream_mode=EAGER) as served:
+    with serving(f"data={path}#rate=4M", stream_mode=PAUSED) as served:
         helper = served.helper()
         helper.do(f"b = attach(); content = open({str(path)!r}, 'rb').read()")
+        served.order(AdminOp.STREAM_EAGER)
         pages = sorted(rng.sample(range(n_pages // 2, n_pages), 50), reverse=True)
         assert helper.do(f"[p for p in {pages} if read(b, p * 4096) != content[p * 4096:p * 4096 + 1]]") == []
         assert served.block().stream_pages < n_pages // 2
@@ -234,7 +235,7 @@ def test_prefetched_range_comes_without_anybody_waiting(runtime_dir: Path, data_
         helper.do("b = attach(); b.prefetch(slice(0, 40960))")
         wait_until(lambda: bool(helper.do("b.is_received(slice(0, 40960))")), "the prefetched range")
         assert served.status().faults == 0
-        assert (served.block().stream_pages, served.block().demand_pages) == (10, 0)
+        served.wait_for_counts(stream_pages=10, demand_pages=0)
 
 
 def test_ranges_that_overlap_are_all_answered(runtime_dir: Path, data_file: Path, rng: random.Random) -> None:

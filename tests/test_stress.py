@@ -185,9 +185,10 @@ def test_write_of_a_killed_actor_that_was_not_acknowledged_may_be_there_or_not(c
 def test_actor_that_waits_for_ever_is_found(
     crew: Troupe, data_file: Path, served: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    crew.tell(0, **ATTACH)
+    crew.quiet(0)
     monkeypatch.setattr(troupe, "HANG_LIMIT_S", 3.0)
     (data_file.parent / world.ERROR_FILE).touch()
-    crew.tell(0, **ATTACH)
     crew.tell(0, **CHECK)
     with pytest.raises(Stuck):
         crew.pump(STRESS_TIMEOUT_S)

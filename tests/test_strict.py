@@ -68,6 +68,7 @@ def test_nobody_reads_a_planted_page_while_others_are_planted_and_placed(
 ) -> None:
     with serving(f"data={data_file}#rate=4M", stream_mode=PAUSED, strict=True) as served:
         helpers, plants = [attached(served) for _ in range(3)], planter(served)
+        plants.do(f"m[{(N_PAGES - 1) * PAGE}]")  # one at least is planted before it is placed
         served.order(stream)
         planting = plants.start(f"sum(m[page * 4096] for page in range({N_PAGES - 1}, -1, -1)) and None")
         reading = [

@@ -38,7 +38,7 @@ N_PAGES = 300
 LENGTH = N_PAGES * PAGE - 11
 MIB = 1 << 20
 LAZY = ["--stream=lazy"]
-SLOW = "#delay=300ms"  # a page comes so late that its coordinator dies over it
+SLOW = "#delay=800ms"  # a page comes so late that its coordinator dies over it
 PCSHARE = [sys.executable, "-m", "pcshare"]
 COMMAND_TIMEOUT_S = 30.0
 CHECK_BYTES = 1  # what is read of a server to see whether it works
