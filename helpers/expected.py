@@ -13,6 +13,7 @@ from pathlib import Path
 from . import _common, writer
 
 PAGE_SIZE = 4096
+NPY_MAGIC = b"\x93NUMPY"
 
 
 def expected_scan(path: str | Path, hash: str = "sha256") -> str:
@@ -51,8 +52,9 @@ def expected_numpy(path: str | Path) -> dict[str, object]:
 
     from . import numpy_user
 
-    file = Path(path)
-    array = np.load(file, mmap_mode="r") if file.suffix == ".npy" else np.fromfile(file, dtype=np.uint8)
+    with open(path, "rb") as file:
+        is_array = Path(path).suffix == ".npy" and file.read(len(NPY_MAGIC)) == NPY_MAGIC
+    array = np.load(path, mmap_mode="r") if is_array else np.fromfile(path, dtype=np.uint8)
     return numpy_user.describe(np.asarray(array), lambda n_bytes: None)
 
 

@@ -175,5 +175,5 @@ def _check_reach(account: Account, needed: Iterable[str | Path]) -> None:
                 f"{account} cannot reach {path}",
                 errno=errno.EACCES,
                 hint="install pcshare where every user can read it: sudo python3 -m venv /opt/pcshare && "
-                "sudo /opt/pcshare/bin/pip install pcshare",
+                "sudo /opt/pcshare/bin/pip install . in a checkout of it",
             )

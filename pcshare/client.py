@@ -127,7 +127,7 @@ def _waited_in_vain(rc: int, path: _SocketPath, timeout_s: float) -> PcshareErro
     if rc == -errno.EAGAIN:  # it is there, and says what it waits for itself
         return _still_waiting(_error_text(), path, timeout_s)
     return NoSuchCoordinator(
-        f"no coordinator at {path} within {timeout_s:g} s", errno=-rc, hint=NoSuchCoordinator.usual_hint
+        f"{path}: nobody serves there within {timeout_s:g} s", errno=-rc, hint=NoSuchCoordinator.usual_hint
     )
 
 

@@ -132,7 +132,7 @@ class CoordinatorGone(PcshareError):
 class AttachTimeout(PcshareError, TimeoutError):
     """A step took longer than it may."""
 
-    usual_hint = "give it more time (timeout_s), or see with `pcshare status NAME` whether the coordinator is stopped"
+    usual_hint = "give it more time, or see with `pcshare status NAME` whether the coordinator is stopped"
 
 
 class AccessRefused(PcshareError, PermissionError):

@@ -176,7 +176,7 @@ def test_file_that_is_no_run_is_refused(content: str, tmp_path: Path, capsys: py
     other = tmp_path / "other.json"
     other.write_text(content)
     assert cli.main(["bench", "--from", str(other), "--report", str(tmp_path / "report")]) == EXIT_USAGE
-    assert "is not the figures.json of a run" in capsys.readouterr().err
+    assert "is no figures.json of a run" in capsys.readouterr().err
 
 
 def test_figures_without_a_folder_for_the_report_are_refused(

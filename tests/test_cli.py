@@ -86,6 +86,9 @@ def test_help_and_version_import_neither_the_core_nor_rich() -> None:
         ("status", "--no-such-option"),
         ("status", "a/b"),
         ("status", "--socket", "/run/pcshare/other.sock", "weights"),
+        ("stream", "--socket", "/run/pcshare/other.sock", "weights", "pause"),
+        ("resume", "--socket", "/run/pcshare/other.sock", "weights"),
+        ("stop", "--socket", "/run/pcshare/other.sock", "weights"),
         ("stream", "weights", "rate"),
         ("stream", "weights", "pause", "200M"),
         ("stream", "weights", "rate", "fast"),
@@ -236,6 +239,14 @@ def test_status_by_socket_is_that_of_its_name(lazy: pcshare.Coordinator) -> None
     assert last_json(done.stdout)["name"] == lazy.name
 
 
+def test_status_by_socket_on_which_nobody_listens_is_none(lazy: pcshare.Coordinator, tmp_path: Path) -> None:
+    """Although there is a coordinator of that name, elsewhere."""
+    path = tmp_path / f"{lazy.name}.sock"
+    done = pcshare_run("status", "--socket", str(path))
+    assert done.returncode == 1
+    assert f"nobody listens on {path}" in done.stderr
+
+
 def test_status_lists_all(lazy: pcshare.Coordinator) -> None:
     assert lazy.name in pcshare_run("status").stdout
     listed = last_json(pcshare_run("status", "--json").stdout)["coordinators"]
@@ -353,6 +364,13 @@ def test_run_gives_the_command_a_coordinator_and_takes_it_away(source: Path) -> 
     assert int(total) == sum(source.read_bytes())
     assert name not in runtime.names()
     assert runtime.find_socket(name) is None
+
+
+def test_run_takes_every_page_size_that_is_offered(source: Path) -> None:
+    script = "import pcshare; b = pcshare.attach(); print(b.progress.page_count)"
+    for size in ("4K", "auto"):
+        done = pcshare_run("run", str(source), "--page-size", size, "--", sys.executable, "-c", script)
+        assert (done.returncode, done.stdout) == (0, "64\n"), done.stderr
 
 
 def test_run_json_keeps_stdout_for_its_object(source: Path) -> None:

@@ -144,7 +144,7 @@ def test_name_that_cannot_be_is_wrong_usage(name: str) -> None:
 
 def test_nobody_there_is_told_after_the_time_given(runtime_dir: Path) -> None:
     started = time.monotonic()
-    with pytest.raises(NoSuchCoordinator, match=r"no coordinator at coordinator 'nobody' within 0\.1 s"):
+    with pytest.raises(NoSuchCoordinator, match=r"coordinator 'nobody': nobody serves there within 0\.1 s"):
         pcshare.attach("nobody", timeout_s=0.1)
     assert 0.1 <= time.monotonic() - started < 5.0
 

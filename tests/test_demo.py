@@ -156,9 +156,21 @@ def test_made_file_has_its_size_and_no_two_equal_halves(tmp_path: Path) -> None:
     assert content[: 1 << 20] != content[1 << 20 :]
 
 
-def test_made_file_that_is_too_small_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(errors.UsageError, match="too small"):
-        source.make_file(tmp_path, 4096)
+def test_made_file_that_is_too_small_is_refused_before_it_is_made() -> None:
+    finished = demo("--size=4K")
+    assert finished.returncode == errors.EXIT_USAGE
+    assert "--size must be 1 MiB or more" in finished.stderr
+    assert "packing" not in finished.stderr
+
+
+def test_demo_refuses_an_array_that_was_cut_short(runtime_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "short.npy"
+    np.save(path, np.zeros(100_000))
+    os.truncate(path, 400_000)
+    finished = demo("--source", path)
+    assert finished.returncode == errors.EXIT_FAILED
+    assert "the file was cut short" in finished.stderr
+    assert "Traceback" not in finished.stderr
 
 
 def test_slow_source_means_the_file_whatever_its_name(tmp_path: Path) -> None:

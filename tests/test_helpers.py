@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,41 @@ def test_numpy_user_finds_the_array_of_an_npy_file(runtime_dir: Path, tmp_path: 
     check(finished, expected.expected_numpy(path))
     assert finished.report["result"]["shape"] == [300, 401]
     assert finished.report["result"]["max"] == values.max()
+
+
+def of_all_kinds() -> dict[str, np.ndarray]:
+    """Arrays that have no largest value, or none that JSON can say."""
+    numbers = np.arange(40_000)
+    return {
+        "nan": np.where(numbers == 7, np.nan, numbers * 1.0),
+        "infinities": np.where(numbers % 2 == 0, np.inf, -np.inf),
+        "too large a sum": np.full(len(numbers), 1.7e308),
+        "complex": numbers * 1j,
+        "texts": numbers.astype("U8"),
+        "structured": np.array([(1, 2.0)] * 999, dtype=[("a", "<i4"), ("b", "<f8")]),
+        "times": numbers.astype("M8[s]"),
+        "long double": numbers.astype(np.longdouble),
+        "truth": numbers % 3 == 0,
+        "nothing": numbers[:0],
+    }
+
+
+@pytest.mark.parametrize("kind", of_all_kinds())
+def test_numpy_user_takes_any_array(runtime_dir: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "array.npy"
+    np.save(path, of_all_kinds()[kind])
+    with coordinator(f"array={path}") as served:
+        finished = run_helper(served, "numpy_user")
+    assert finished.returncode == 0, finished
+    assert finished.report["result"] == expected.expected_numpy(path)
+    json.dumps(finished.report, allow_nan=False)
+
+
+def test_file_that_is_only_called_as_an_array_is_bytes(runtime_dir: Path, tmp_path: Path, rng: random.Random) -> None:
+    path = tmp_path / "array.npy"
+    path.write_bytes(rng.randbytes(9999))
+    with coordinator(f"array={path}") as served:
+        check(run_helper(served, "numpy_user"), expected.expected_numpy(path))
 
 
 def test_touch_scans_every_page(served: Serving, data_file: Path) -> None:

@@ -111,9 +111,12 @@ def _draw_again(measured: Path, report: Path | None) -> int:
         raise UsageError("--from needs --report, the folder for what is made of it")
     try:
         document = json.loads(measured.read_text())
+    except ValueError as error:
+        raise UsageError(f"{measured} is no figures.json of a run: it is no JSON ({error})") from error
+    try:
         _write(document, report)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{measured} is not the figures.json of a run: {error!r}") from error
+        raise UsageError(f"{measured} is no figures.json of a run: what a run measured is not in it") from error
     return EXIT_DONE
 
 

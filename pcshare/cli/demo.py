@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from pcshare import units
 from pcshare.cli.options import DURATION, RATE, SIZE, ending_signals_raise, json_option, print_json
 from pcshare.errors import EXIT_DONE, EXIT_FAILED
 
@@ -57,9 +58,12 @@ def command(source: Path | None, size: int, arrival: float, rate: int | None, de
     """
     from pcshare.demo import show
     from pcshare.demo.play import Options, Play
+    from pcshare.demo.source import MADE_BYTES_MIN
 
     if rate is None and arrival <= 0:
         raise click.UsageError("--seconds must be more than 0")
+    if source is None and size < MADE_BYTES_MIN:
+        raise click.UsageError(f"--size must be {units.format_bytes(MADE_BYTES_MIN)} or more")
     console = show.console_for(stderr=as_json)
     with ending_signals_raise(), show.Stagehand(console) as stagehand:
         outcome = Play(Options(source, size, delay, rate, arrival), stagehand).run()

@@ -9,6 +9,7 @@ import contextlib
 import json
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -264,8 +265,18 @@ def ending_signals_raise() -> Iterator[None]:
 def operator_socket(name: str, socket_path: str | None) -> str:
     """Where orders for that coordinator go: the named socket, else the one found for the name."""
     if socket_path is not None:
+        name_of_socket(socket_path, name)
         return socket_path
     found = runtime.find_socket(name)
     if found is None:
         raise errors.NoSuchCoordinator(f"no coordinator {name!r} is running", hint=errors.NoSuchCoordinator.usual_hint)
     return str(found)
+
+
+def name_of_socket(socket_path: str, name: str | None) -> str:
+    """A socket is called after its coordinator. UsageError: it is called otherwise, or after another one than name."""
+    path = Path(socket_path)
+    if path.suffix != runtime.SOCKET_SUFFIX or name not in (None, path.stem):
+        wanted = f"{name or 'NAME'}{runtime.SOCKET_SUFFIX}"
+        raise click.UsageError(f"--socket {socket_path} does not end with /{wanted}, as a coordinator's socket does")
+    return runtime.check_name(path.stem)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pcshare import errors
-from pcshare.cli.options import NAME, STREAM_MODES, coordinator_options, json_option, print_json
+from pcshare.cli.options import NAME, PAGE_SIZE_AUTO, STREAM_MODES, coordinator_options, json_option, print_json
 
 if TYPE_CHECKING:
     from pcshare.launcher import Coordinator, Event
@@ -112,11 +112,13 @@ def _launch_options(
     notifier_timeout: float,
     source_timeout: float,
     fault_timeout: float,
+    page_size: int,
     **same: Any,
 ) -> dict[str, Any]:
     """The command line's words as the launcher's."""
     return {
         "stream": None if stream is None else _stream_word(*stream),
+        "page_size": "auto" if page_size == PAGE_SIZE_AUTO else page_size,
         "orphan_timeout_s": orphan_timeout,
         "notifier_timeout_s": notifier_timeout,
         "source_timeout_s": source_timeout,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pcshare import errors, runtime
-from pcshare.cli.options import NAME, json_option, print_json, socket_option
+from pcshare.cli.options import NAME, json_option, name_of_socket, print_json, socket_option
 
 if TYPE_CHECKING:
     from pcshare.status import StatusReport
@@ -33,17 +33,10 @@ def command(name: str | None, socket_path: str | None, as_json: bool) -> int:
       pcshare status --socket /run/pcshare/weights.sock
     """
     if socket_path is not None:
-        name = _name_of_socket(socket_path, name)
+        name = name_of_socket(socket_path, name)
+        if not Path(socket_path).is_socket():
+            raise errors.NoSuchCoordinator(f"nobody listens on {socket_path}", hint=errors.NoSuchCoordinator.usual_hint)
     return _list_all(as_json) if name is None else _tell_one(name, as_json)
-
-
-def _name_of_socket(socket_path: str, name: str | None) -> str:
-    """A socket is called after its coordinator."""
-    path = Path(socket_path)
-    if path.suffix != runtime.SOCKET_SUFFIX or name not in (None, path.stem):
-        wanted = f"{name or 'NAME'}{runtime.SOCKET_SUFFIX}"
-        raise click.UsageError(f"--socket {socket_path} does not end with /{wanted}, as a coordinator's socket does")
-    return runtime.check_name(path.stem)
 
 
 def trouble_of(report: StatusReport) -> errors.PcshareError | None:
@@ -58,7 +51,7 @@ def trouble_of(report: StatusReport) -> errors.PcshareError | None:
         )
     return errors.CoordinatorGone(
         f"coordinator {report.name!r} (pid {report.pid}) is dead and left its status behind",
-        hint="the next start under that name clears it away: pcshare coordinator --name NAME --replace ...",
+        hint="the next start under that name clears it away, with --replace if helpers of it still live",
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pcshare import errors
-from pcshare.cli.options import DURATION, NAME, json_option, operator_socket, print_json, socket_option
+from pcshare.cli.options import DURATION, NAME, json_option, name_of_socket, operator_socket, print_json, socket_option
 
 if TYPE_CHECKING:
     from pcshare.status import StatusReport
@@ -45,6 +45,8 @@ def command(name: str, timeout: float, socket_path: str | None, as_json: bool) -
     from pcshare.protocol import AdminOp
     from pcshare.status import await_restart
 
+    if socket_path is not None:
+        name_of_socket(socket_path, name)  # before anything is waited for
     deadline_s = time.monotonic() + timeout
     report = await_restart(name, deadline_s)
     with _process(report) as process_fd:
@@ -88,7 +90,7 @@ def _process(report: StatusReport) -> Iterator[int]:
 def _dead(report: StatusReport) -> errors.NoSuchCoordinator:
     return errors.NoSuchCoordinator(
         f"coordinator {report.name!r} (pid {report.pid}) is dead already and left its status behind",
-        hint="the next start under that name clears it away, with --replace",
+        hint="the next start under that name clears it away, with --replace if helpers of it still live",
     )
 
 

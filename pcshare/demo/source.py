@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from pcshare import errors
+from pcshare.sources.npy import NPY_HEAD_MAX, parse_npy
 
 SOURCE_BYTES_MIN = 64 << 10  # less has no page left to arrive while somebody looks
 MADE_BYTES_MIN = 1 << 20
@@ -32,6 +33,7 @@ def given_file(path: Path) -> Path:
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             regular = path.is_file()
+            head = file.read(NPY_HEAD_MAX) if regular and path.suffix == ".npy" else b""
     except OSError as error:
         raise errors.SourceError(
             f"cannot read {path}: {error.strerror}", errno=error.errno, hint="--source takes a regular file"
@@ -43,13 +45,12 @@ def given_file(path: Path) -> Path:
             f"{path} holds {length} bytes; the show needs at least {SOURCE_BYTES_MIN}",
             hint="take a larger file, or leave --source out and one is made",
         )
+    parse_npy(head, length, str(path))  # before it is read to know what is right
     return path.resolve()
 
 
 def make_file(folder: Path, size: int) -> Path:
     """A tar of the interpreter's library, cut at size bytes; several of them if the library is smaller."""
-    if size < MADE_BYTES_MIN:
-        raise errors.UsageError(f"--size {size} is too small", hint=f"the made file has {MADE_BYTES_MIN} bytes or more")
     path = folder / "library.tar"
     with open(path, "wb") as packed:
         while packed.tell() < size:
