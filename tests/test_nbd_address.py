@@ -144,3 +144,4 @@ def test_address_of_another_machine_is_told() -> None:
     with pytest.raises(PcshareError, match=r"192\.0\.2\.1:10809") as refused:
         Listening(parse_address("192.0.2.1:10809"))
     assert refused.value.errno == errno.EADDRNOTAVAIL
+    assert "name an address of this host" in (refused.value.hint or "")

@@ -299,6 +299,8 @@ def test_refusal_says_why(folder: Path, source: str, number: int, message: str) 
         open_source(parse_argument(text))
     assert refusal.value.errno == number
     assert refusal.value.message.startswith(f"{text}: ")
+    if source.startswith("exec:"):
+        assert "NBD" in (refusal.value.hint or "")
 
 
 def test_an_unknown_export_is_told_with_those_there_are(folder: Path) -> None:

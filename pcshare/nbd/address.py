@@ -233,6 +233,8 @@ def _cannot(address: Address, error: OSError) -> PcshareError:
         )
     if error.errno == errno.ENOENT:
         hint = "make the directory first"
+    elif error.errno == errno.EADDRNOTAVAIL:
+        hint = "name an address of this host (ip address), or [::] for all of them"
     elif error.errno in (errno.EACCES, errno.EPERM) and address.port:
         hint = "ports below 1024 are for root"
     return PcshareError(f"cannot listen on {address}: {error.strerror}", errno=error.errno, hint=hint)

@@ -23,7 +23,7 @@ from pcshare.errors import PcshareError, SourceError
 from pcshare.nbd import tcp
 from pcshare.sources.child import Child
 from pcshare.sources.command import command_of
-from pcshare.sources.grammar import ObjectTarget, SshTarget, Target, TcpTarget, UnixTarget
+from pcshare.sources.grammar import ExecTarget, ObjectTarget, SshTarget, Target, TcpTarget, UnixTarget
 from pcshare.sources.wakeup import StopFlag, shut_down
 
 # An idle connection whose other end has vanished without a word is found dead after these: 10 + 3 * 5 s.
@@ -75,8 +75,7 @@ def connect(target: Target, deadline: float, stop: StopFlag, reply_timeout_s: fl
         if isinstance(target, UnixTarget):
             return Connected(_connect_unix(target.path, deadline, stop))
         words = command_of(target, reply_timeout_s)
-        hint = _hint_of_ssh(target) if isinstance(target, SshTarget) else None
-        return Connected(*Child.spawn(words, is_own=isinstance(target, ObjectTarget)), hint)
+        return Connected(*Child.spawn(words, is_own=isinstance(target, ObjectTarget)), _hint_of_command(target))
     except TimeoutError:
         raise _refusal(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
     except OSError as error:
@@ -87,6 +86,14 @@ def connect(target: Target, deadline: float, stop: StopFlag, reply_timeout_s: fl
 
 def _refusal(number: int, text: str) -> SourceError:
     return SourceError(text, errno=number, hint=_HINTS.get(number))
+
+
+def _hint_of_command(target: ExecTarget | SshTarget | ObjectTarget) -> str | None:
+    if isinstance(target, SshTarget):
+        return _hint_of_ssh(target)
+    if isinstance(target, ExecTarget):
+        return "the command must speak NBD on its stdin and stdout, as `nbdkit -s ...` and `pcshare serve --stdio` do"
+    return None
 
 
 def _hint_of_ssh(target: SshTarget) -> str:

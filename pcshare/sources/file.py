@@ -155,6 +155,8 @@ def _read_array(fd: int, path: str, length: int) -> ArrayDescription | None:
 
 def _source_error(path: str, error: OSError) -> SourceError:
     hint = _OPEN_HINTS.get(error.errno or 0)
+    if error.errno == errno.ENOENT and os.path.isabs(path):
+        hint = "see with ls what is there; a file of another host is written HOST:PATH"
     if error.errno in (errno.EACCES, errno.EPERM):
         hint = f"the coordinator runs as uid {os.geteuid()}: let it read the file and search every directory above it"
     return SourceError(f"{path}: {os.strerror(error.errno or errno.EIO)}", errno=error.errno, hint=hint)
