@@ -294,7 +294,7 @@ def test_forked_child_goes_on(runtime_dir: Path, data_file: Path, content: bytes
 
 def test_more_ranges_than_are_under_way_at_once(runtime_dir: Path, data_file: Path, content: bytes) -> None:
     """A helper's threads ask for 150; 64 are with the coordinator when it dies, and no one is forgotten."""
-    with restarting(f"data={data_file}{SLOW}", options=LAZY) as served:
+    with restarting(f"data={data_file}#delay=300ms", options=LAZY) as served:
         helper = served.attached()
         helper.do("from concurrent.futures import ThreadPoolExecutor; pool = ThreadPoolExecutor(150)")
         pending = helper.start(
