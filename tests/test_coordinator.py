@@ -325,6 +325,7 @@ def test_limit_does_not_keep_anybody_from_a_complete_block(runtime_dir: Path, da
     with serving(f"data={data_file}", f"other={data_file}", stream_mode=LAZY, helpers_max=1) as served:
         helper = served.helper()
         helper.do("b = attach('data'); b.ensure()")
+        served.wait_for_state("END")
         wait_until(lambda: not served.status().helpers, "the helper to have heard, and left its place")
         helper.do("o = attach('other'); c = attach('data')")
         assert helper.do("c.state, bytes(c)") == ("complete", data_file.read_bytes())

@@ -233,6 +233,7 @@ def test_poison_reaches_every_kind_of_helper_and_its_children(
         assert touch_is_sigbus(attached(served, mode), 5)
         assert served.block().lost_pages == 1
         served.order(AdminOp.RESUME)
+        wait_until(lambda: served.block().lost_pages == 0, "the lost page")
         for helper in (before, after, attached(served, mode)):
             wait_until(partial(helper.can_be_read, 5), "the mark to be lifted")
             helper.do(child)

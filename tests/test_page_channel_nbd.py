@@ -473,7 +473,9 @@ def test_a_silent_server_is_lost_after_the_reply_timeout() -> None:
         (event,) = c.wait_events()
         assert time.monotonic() - start_s >= SHORT_MS / 1000
         assert (event.error, event.owed) == (errno.ETIMEDOUT, 1)
-        assert re.fullmatch(r"the server owes 1 replies and was silent for \d+\.\d s", event.text)
+        told = re.fullmatch(r"the server owes 1 replies and was silent for (\d+\.\d) s", event.text)
+        assert told
+        assert float(told[1]) >= SHORT_MS / 1000
         c.connect(server.connect())
         assert asked.data() == CONTENT[:PAGE]
 
@@ -481,7 +483,7 @@ def test_a_silent_server_is_lost_after_the_reply_timeout() -> None:
 def test_a_server_that_owes_nothing_may_be_silent() -> None:
     with ScriptedServer(answering()) as server, channel(reply_timeout_ms=5 * SHORT_MS) as c:
         c.connect(server.connect())
-        assert not select.select([c.supplier], [], [], 2 * 5 * SHORT_MS / 1000)[0]
+        assert not select.select([c.supplier], [], [], 3 * 5 * SHORT_MS / 1000)[0]
         assert c.ask(0, PAGE).data() == CONTENT[:PAGE]
 
 

@@ -26,7 +26,7 @@ from pcshare.stress.resources import Held
 from pcshare.stress.served import Served
 from pcshare.stress.tally import Stuck, Tally, Zero
 from pcshare.stress.troupe import Troupe
-from support import duration_s, wait_until
+from support import wait_until
 from support_coordinator import Serving, coordinator, die_with_parent
 
 ACTORS = 4
@@ -271,7 +271,7 @@ def test_coordinator_is_replaced_in_place(watched: Served) -> None:
 
 @pytest.mark.slow
 def test_stress_finds_no_failure_and_says_what_it_did(runtime_dir: Path, seed: int) -> None:
-    seconds = duration_s(12, 6)
+    seconds = 18  # a slow machine needs them for the kills that are asked for below
     finished = subprocess.run(
         [sys.executable, "-m", "pcshare", "stress", f"--seconds={seconds}", "--helpers=4", f"--seed={seed}", "--json"],
         capture_output=True,
@@ -287,9 +287,8 @@ def test_stress_finds_no_failure_and_says_what_it_did(runtime_dir: Path, seed: i
     assert told["failures"] == []
     for zero in ("wrong_bytes", "lost_writes", "stuck", "leaks"):
         assert told[zero] == 0
-    for counted in ("seconds", "faults", "joins", "bytes_checked"):
+    for counted in ("seconds", "faults", "kills", "coordinator_kills", "joins", "leaves", "bytes_checked"):
         assert told[counted] > 0
-    assert {"kills", "coordinator_kills", "source_kills", "leaves"} <= told.keys()  # of a slow machine's few rounds: 0
     assert told["actions"]["attach"] > 0
 
 
