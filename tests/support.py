@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,30 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 10.0
         if time.monotonic() >= deadline:
             pytest.fail(f"waited {timeout_s:g} s in vain: {what}")
         time.sleep(POLL_INTERVAL_S)
+
+
+def _all_threads_stopped(pid: int) -> bool:
+    try:
+        stats = [stat.read_text() for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except (FileNotFoundError, ProcessLookupError):  # one has ended meanwhile
+        return False
+    return {stat.rpartition(")")[2].split()[0] for stat in stats} == {"T"}
+
+
+def suspend(pid: int) -> None:
+    """SIGSTOP, and returns when none of its threads runs any more: one that does could still take a fault or answer."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: _all_threads_stopped(pid), "its last thread to be stopped")
+
+
+@contextlib.contextmanager
+def suspended(pid: int) -> Iterator[None]:
+    """While the body runs nothing of this process does."""
+    try:
+        suspend(pid)
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def _read_link(path: str) -> str | None:

@@ -19,7 +19,7 @@ from pcshare.core import ffi
 from pcshare.protocol import AdminOp
 from pcshare.status import BlockStatus, StatusReport
 from pcshare.status.layout import BLOCK_BYTES, BLOCKS_OFFSET
-from support import wait_until
+from support import suspended, wait_until
 from support_coordinator import Held, Serving, coordinator
 from support_serving import WAIT_S, HelperProcess
 
@@ -110,14 +110,11 @@ class Restarting:
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
         """No coordinator is there in the body: it is killed, and its keeper stopped. At the end the next one serves."""
-        os.kill(self.keeper_pid, signal.SIGSTOP)
-        try:
+        with suspended(self.keeper_pid):
             killed = psutil.Process(self.pid)
             before = self.kill()
             wait_until(lambda: killed.status() == psutil.STATUS_ZOMBIE, "the coordinator's end")
             yield
-        finally:
-            os.kill(self.keeper_pid, signal.SIGCONT)
         self.wait_for_restart(before)
 
     def unnote(self, pages: Sequence[int], index: int = 0) -> None:

@@ -21,7 +21,7 @@ import pcshare
 from pcshare import status
 from pcshare.coordinator import blocks
 from pcshare.errors import HostError, NameInUse, NoSuchCoordinator, PcshareError, SourceError, UsageError
-from support import wait_until
+from support import suspend, wait_until
 from support_coordinator import coordinator
 from support_serving import (
     EAGER,
@@ -212,7 +212,7 @@ def killed(runtime_dir: Path, data_file: Path) -> Iterator[Killed]:
         stack.enter_context(process.stdout)
         ready = json.loads(process.stdout.readline())
         socket = status.read_status(name).socket
-        os.kill(ready["pid"], signal.SIGSTOP)
+        suspend(ready["pid"])
         process.kill()
         os.kill(ready["pid"], signal.SIGKILL)
         wait_until(lambda: not status.in_use(name), "the coordinator's death")

@@ -24,7 +24,7 @@ from pcshare.cli.stop import command as stop_command
 from pcshare.coordinator.options import PAGE_SIZE_AUTO
 from pcshare.core import lib
 from pcshare.status import read_status
-from support import wait_until
+from support import suspended, wait_until
 
 PAGE = 4096
 TIMEOUT_S = 60.0
@@ -255,14 +255,10 @@ def test_status_lists_all(lazy: pcshare.Coordinator) -> None:
 
 def test_status_answers_while_the_coordinator_is_stopped(lazy: pcshare.Coordinator) -> None:
     assert lazy.pid is not None
-    os.kill(lazy.pid, signal.SIGSTOP)
-    try:
-        wait_until(lambda: read_status(lazy.name).stopped, "stopped")
+    with suspended(lazy.pid):
         done = pcshare_run("status", lazy.name, "--json")
         assert done.returncode == 0
         assert last_json(done.stdout)["stopped"] is True
-    finally:
-        os.kill(lazy.pid, signal.SIGCONT)
 
 
 def test_status_of_a_dead_coordinator_exits_1_and_still_tells(source: Path) -> None:
@@ -332,11 +328,8 @@ def test_stop_waits_until_it_is_gone_and_names_who_was_attached(source: Path) ->
 
 def test_stop_of_a_stopped_process_gives_up_after_its_time(lazy: pcshare.Coordinator) -> None:
     assert lazy.pid is not None
-    os.kill(lazy.pid, signal.SIGSTOP)
-    try:
+    with suspended(lazy.pid):
         done = pcshare_run("stop", lazy.name, "--timeout", "200ms")
-    finally:
-        os.kill(lazy.pid, signal.SIGCONT)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
 

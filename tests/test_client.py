@@ -31,7 +31,7 @@ from pcshare.errors import (
 from pcshare.protocol import AdminOp
 from pcshare.trace import read_trace
 from pcshare.transport import Listener
-from support import wait_until
+from support import suspended, wait_until
 from support_coordinator import coordinator
 from support_serving import (
     EAGER,
@@ -181,15 +181,11 @@ def test_attach_waits_through_a_restart(runtime_dir: Path, data_file: Path, cont
 
 def test_coordinator_that_does_not_answer_is_a_timeout(runtime_dir: Path, data_file: Path) -> None:
     """P3: here it is stopped."""
-    with coordinator(f"data={data_file}", options=["--stream=lazy"]) as served:
-        os.kill(served.pid, signal.SIGSTOP)
-        try:
-            with pytest.raises(AttachTimeout) as caught:
-                pcshare.attach(socket=served.socket, timeout_s=0.2)
-            assert caught.value.errno == 110  # ETIMEDOUT
-            assert isinstance(caught.value, TimeoutError)
-        finally:
-            os.kill(served.pid, signal.SIGCONT)
+    with coordinator(f"data={data_file}", options=["--stream=lazy"]) as served, suspended(served.pid):
+        with pytest.raises(AttachTimeout) as caught:
+            pcshare.attach(socket=served.socket, timeout_s=0.2)
+        assert caught.value.errno == 110  # ETIMEDOUT
+        assert isinstance(caught.value, TimeoutError)
 
 
 def test_many_attachments_of_one_process_are_many_helpers(served: Serving, content: bytes) -> None:
@@ -320,9 +316,8 @@ def test_other_threads_run_while_one_waits_for_a_range(runtime_dir: Path, data_f
 def test_progress_is_read_without_asking_the_coordinator(runtime_dir: Path, data_file: Path) -> None:
     with coordinator(f"data={data_file}", options=["--stream=lazy"]) as served, HelperProcess(served.socket) as helper:
         helper.do("b = attach(); b[0]")
-        os.kill(served.pid, signal.SIGSTOP)
-        progress = helper.do("b.progress")
-        os.kill(served.pid, signal.SIGCONT)
+        with suspended(served.pid):
+            progress = helper.do("b.progress")
         assert (progress.received_pages, progress.page_count, progress.hole_pages) == (1, N_PAGES, 0)
         assert (progress.state, progress.stream) == ("RUNNING", "lazy")
         assert float(progress) == progress.fraction == 0.01

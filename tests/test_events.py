@@ -23,7 +23,7 @@ from pcshare.core import ffi, lib
 from pcshare.fault_thread import EventKind
 from pcshare.protocol import AdminOp
 from pcshare.status import StatusReader, read_status, remove_leftovers
-from support import wait_until
+from support import suspended, wait_until
 from support_coordinator import Serving as Running
 from support_coordinator import coordinator, die_with_parent
 from support_rig import Rig
@@ -222,16 +222,13 @@ def test_fault_where_pages_were_moved_is_explained_by_the_event_behind_it_also_b
         mover.do(ADDRESSES)
         mover.do("to = libc.mmap(None, 4096, 1, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)")
         other.do("read(b, 0)")  # it was the last one
-        os.kill(served.pid, signal.SIGSTOP)
-        try:
+        with suspended(served.pid):
             moved = mover.start("move(30, 1, to)")
             touched = mover.start("while not any(found := peek(to)): pass\nfound")
             wait_until(lambda: waiting_in_faults(mover.process.pid) == 1, "a fault at the new place")
             beside = other.start(f"read(b, {8 * PAGE}, {PAGE})")
             wait_until(lambda: waiting_in_faults(other.process.pid) == 1, "a fault of the other helper")
             assert not moved.is_done()
-        finally:
-            os.kill(served.pid, signal.SIGCONT)
         assert moved.result()
         assert touched.result() == content[30 * PAGE : 31 * PAGE]
         assert beside.result() == content[8 * PAGE : 9 * PAGE]

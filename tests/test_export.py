@@ -23,7 +23,7 @@ from pcshare import admin
 from pcshare.errors import NameInUse, UsageError
 from pcshare.nbd.wire import Command
 from pcshare.protocol import AdminOp
-from support import wait_until
+from support import suspended, wait_until
 from support_coordinator import Serving, coordinator, die_with_parent
 from support_nbd import nbdkit
 from support_nbd_server import EIO, HOLE, RawClient
@@ -303,12 +303,9 @@ def test_readers_wait_while_the_coordinator_is_stopped(runtime_dir: Path, big: P
     content = big.read_bytes()
     with exporting(runtime_dir, f"data={big}") as serving, client_of(runtime_dir) as client:
         assert client.read(0, 4096) == content[:4096]
-        os.kill(serving.pid, signal.SIGSTOP)
-        try:
+        with suspended(serving.pid):
             waiting = client.ask(Command.READ, MIB, 4096)
             assert client.read(100, 100) == content[100:200]  # is here: nobody is asked
-        finally:
-            os.kill(serving.pid, signal.SIGCONT)
         assert client.answer(waiting).data == content[MIB : MIB + 4096]
 
 

@@ -19,7 +19,7 @@ import pytest
 import pcshare
 from pcshare.errors import AttachTimeout, SourceLost
 from pcshare.protocol import AdminOp
-from support import wait_until
+from support import suspend, wait_until
 from support_coordinator import coordinator
 from support_nbd import ScriptedServer, Withheld, nbdkit
 from support_serving import EAGER, LAZY, PAGE, HelperProcess, Serving, serving
@@ -442,7 +442,7 @@ def test_server_that_does_not_answer(folder: Path, data_file: Path, content: byt
         helper = attached(served)
         helper.do("read(b, 0)")
         assert server.process is not None
-        server.process.send_signal(signal.SIGSTOP)
+        suspend(server.process.pid)
         pending = helper.start(f"read(b, {5 * PAGE}, {PAGE})")
         if poison:
             assert -helper.wait_for_end() == signal.SIGBUS

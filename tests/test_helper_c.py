@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from helper_c_support import ATTACHED, COMPLETE, LOST, ORPHANED, Helper, SmallCoordinator, build
-from support import needs, wait_until
+from support import needs, suspended, wait_until
 
 pytestmark = pytest.mark.filterwarnings("error")
 NOBODY = 65534
@@ -319,16 +319,13 @@ def test_progress_is_read_while_the_coordinator_is_stopped(make: Make) -> None:
     coordinator, helper = make()
     helper.attach()
     assert helper.do("read 0 3") == "ok"
-    os.kill(coordinator.pid, signal.SIGSTOP)
-    try:
+    with suspended(coordinator.pid):
         assert helper.number("received 0 12288 4096") == 1
         assert helper.number("received 0 12288 4097") == 0
         received, _, _, seq = helper.do("progress 0").split()
         assert received == "1"
         assert helper.number(f"ensure 0 12288 4096 {ECHO_MS}") == 0
         assert helper.number(f"wait 0 {seq} {SOON_MS}") == -110
-    finally:
-        os.kill(coordinator.pid, signal.SIGCONT)
 
 
 def test_waiting_for_progress_ends_with_progress(make: Make) -> None:
@@ -595,14 +592,12 @@ def test_one_coordinator_that_is_stopped_holds_up_no_other(
         helper.attach(1)
         stopped.do("hang-up")
         stopped.event("hung-up")
-        os.kill(stopped.pid, signal.SIGSTOP)
-        assert helper.number(f"ensure 1 0 65536 {ECHO_MS}") == 0
-        other.do("bye")
-        assert helper.number(f"await 1 {COMPLETE}") == LOST
-        os.kill(stopped.pid, signal.SIGCONT)
+        with suspended(stopped.pid):
+            assert helper.number(f"ensure 1 0 65536 {ECHO_MS}") == 0
+            other.do("bye")
+            assert helper.number(f"await 1 {COMPLETE}") == LOST
         assert helper.do("read 0 3") == "ok"
     finally:
-        os.kill(stopped.pid, signal.SIGCONT)
         helper.do("drop 1")
         assert other.close() == 0
 

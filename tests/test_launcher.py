@@ -22,7 +22,7 @@ from pcshare import errors, launcher, runtime
 from pcshare.launcher import Event
 from pcshare.nbd.client import negotiate
 from pcshare.status import read_status
-from support import wait_until
+from support import suspend, wait_until
 
 PAGE = 4096
 PAGES = 32
@@ -314,7 +314,7 @@ def test_coordinator_that_does_not_end_is_killed_with_a_warning(source: Path, mo
     monkeypatch.setattr(launcher, "STOP_TIMEOUT_S", 0.2)
     coordinator = pcshare.Coordinator(blocks=str(source), stream="lazy").start()
     assert coordinator.pid is not None
-    os.kill(coordinator.pid, signal.SIGSTOP)
+    suspend(coordinator.pid)
     with pytest.warns(RuntimeWarning, match="outlived SIGTERM"):
         coordinator.stop()
     assert is_gone(coordinator.name)

@@ -11,7 +11,6 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ import pytest
 import pcshare
 from pcshare.protocol import AdminOp
 from serving_child import HandOver
-from support import wait_until
+from support import suspended, wait_until
 from support_coordinator import coordinator
 from support_serving import EAGER, LAZY, NOBODY, PAGE, HelperProcess, Serving, make_file, serving
 
@@ -140,22 +139,6 @@ def test_planted_page_is_found_reported_and_repaired_when_it_is_placed(
         assert next(record.levelno for record in caplog.records if "foreign" in record.message) == logging.ERROR
 
 
-def all_threads_stopped(pid: int) -> bool:
-    """A thread that still runs could take the fault."""
-    stats = (stat.read_text() for stat in Path(f"/proc/{pid}/task").glob("*/stat"))
-    return {stat.rpartition(")")[2].split()[0] for stat in stats} == {"T"}
-
-
-@contextlib.contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        wait_until(lambda: all_threads_stopped(pid), "its last thread to be stopped")
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
 def wait_for_pending_fault(pid: int) -> None:
     """Until a fault of this process is queued that nobody reads."""
     folder = Path(f"/proc/{pid}/fd")
@@ -175,7 +158,7 @@ def test_planted_page_is_found_by_the_fault_that_was_there_first(
     ):
         helper.do("b = attach(); b.ensure(slice(4096, None))")
         planter.do("m = hand_over('welcome').unregistered()")
-        with stopped(served.pid):
+        with suspended(served.pid):
             pending = helper.start("read(b, 0, 4096)")
             wait_for_pending_fault(helper.pid)
             assert planter.do("m[0]") == 0
@@ -224,7 +207,7 @@ def test_hole_that_one_helper_fills_and_another_one_waits_for_raises_no_alarm_in
         other.do("h = hand_over('ack')")
         told.do("b = attach(); b.ensure()")
         wait_until(lambda: told.do("b.state") == "complete", "it to be told")
-        with stopped(served.pid):
+        with suspended(served.pid):
             pending = other.start("read(h.memory, 7 * 4096)")
             wait_for_pending_fault(other.pid)
             assert told.do("read(b, 7 * 4096)") == b"\0"
@@ -383,10 +366,9 @@ def test_helper_that_is_stopped_holds_up_nobody(runtime_dir: Path, data_file: Pa
     """P4: also not the end of the block, which it learns of later."""
     with serving(f"data={data_file}#delay=1ms", stream_mode=LAZY) as served:
         stopped, other = attached(served), attached(served)
-        os.kill(stopped.pid, signal.SIGSTOP)
-        assert other.do("b.ensure(); bytes(b)") == content
-        served.wait_for_state("END")
-        os.kill(stopped.pid, signal.SIGCONT)
+        with suspended(stopped.pid):
+            assert other.do("b.ensure(); bytes(b)") == content
+            served.wait_for_state("END")
         assert stopped.do("b.wait(); bytes(b)") == content
         wait_until(lambda: stopped.do("b.state") == "complete", "it to be told")
 
@@ -488,13 +470,11 @@ def test_status_answers_and_helpers_wait_while_the_coordinator_is_stopped(
     """P3, P7: SIGSTOP stops its fault threads too; nobody is answered wrongly, and SIGCONT ends all waits."""
     with coordinator(f"data={data_file}", options=["--stream=lazy"]) as served, HelperProcess(served.socket) as helper:
         helper.do("b = attach(); read(b, 0)")
-        os.kill(served.pid, signal.SIGSTOP)
-        wait_until(lambda: served.status().stopped, "the stop to be seen")
-        pending = [helper.start("read(b, 4096)"), helper.start("b.ensure(slice(8192, 12288))")]
-        status = served.status()
-        assert (status.alive, status.stopped, status.blocks[0].received_pages) == (True, True, 1)
-        assert not any(one.is_done() for one in pending)
-        os.kill(served.pid, signal.SIGCONT)
+        with suspended(served.pid):
+            pending = [helper.start("read(b, 4096)"), helper.start("b.ensure(slice(8192, 12288))")]
+            status = served.status()
+            assert (status.alive, status.stopped, status.blocks[0].received_pages) == (True, True, 1)
+            assert not any(one.is_done() for one in pending)
         assert [one.result() for one in pending] == [content[PAGE : PAGE + 1], None]
         assert not served.status().stopped
 

@@ -5,9 +5,7 @@ one page by two ways, faults that are older than ATTACH, fds that nobody wants, 
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +16,7 @@ import pytest
 
 from pcshare.errors import SourceLost
 from pcshare.protocol import AdminOp
-from support import wait_until
+from support import suspended, wait_until
 from support_coordinator import coordinator
 from support_serving import HUGE_PAGE, LAZY, PAGE, HelperProcess, make_file, page_of, serving
 
@@ -252,10 +250,9 @@ def test_fd_that_takes_long_to_close_holds_up_nobody(
         honest.do("first = attach()")
         helper.do(LINGERING)
         helper.do(f"h = hand_over({step!r})")
-        os.kill(served.pid, signal.SIGSTOP)
-        if helper.do(f"errors = [{sends}]; 0 in errors"):
-            helper.do("near.close()")
-        os.kill(served.pid, signal.SIGCONT)
+        with suspended(served.pid):
+            if helper.do(f"errors = [{sends}]; 0 in errors"):
+                helper.do("near.close()")
         began = time.monotonic()
         honest.do(f"b = attach(timeout_s={MEANWHILE_S}); b.ensure(slice(0, {PAGE}), timeout_s={MEANWHILE_S})")
         assert honest.do(f"read(first, {9 * PAGE}, {PAGE})") == page_of(content, 9)

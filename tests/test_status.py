@@ -22,6 +22,7 @@ import pytest
 from pcshare import runtime, status
 from pcshare.core import ffi, lib
 from pcshare.errors import AccessRefused, LimitReached, NameInUse, NoSuchCoordinator, PcshareError, VersionMismatch
+from support import suspend
 
 ISSUE_FIELDS = {"name", "pid", "state", "reason", "blocks", "helpers"}
 BLOCK_FIELDS = [
@@ -45,6 +46,7 @@ WRITER = """
 import ctypes, os, signal, socket, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 from pcshare import runtime, status
+from support import suspend
 name = sys.argv[1]
 path = runtime.socket_path(name, create_dir=True)
 writer = status.SegmentWriter(name, path)
@@ -474,8 +476,7 @@ def test_segment_of_another_user_is_refused(writer: status.SegmentWriter) -> Non
 def test_living_coordinator_is_alive_also_when_stopped(process: Process, name: str) -> None:
     report = status.read_status(name)
     assert (report.alive, report.stopped, report.pid) == (True, False, process.popen.pid)
-    os.kill(process.popen.pid, signal.SIGSTOP)
-    os.waitid(os.P_PID, process.popen.pid, os.WSTOPPED)
+    suspend(process.popen.pid)
     report = status.read_status(name)
     assert (report.alive, report.stopped) == (True, True)
     assert status.leftovers(name) is None

@@ -22,7 +22,7 @@ from pcshare.fds import OwnedFd
 from pcshare.status import StatusReport, read_status
 from pcshare.store import LISTEN_FDS_START, FdStore
 from pcshare.transport import FDS_MAX, Datagrams
-from support import wait_until
+from support import suspend, wait_until
 from support_serving import PAGE, WAIT_S, HelperProcess, make_file
 from support_supervisor import Supervisor, supervising
 
@@ -344,7 +344,7 @@ def test_fds_without_mappings_are_good_for_a_good_bye(supervisor: Supervisor, da
     before = read_status(name_of(command))
     with HelperProcess(before.socket) as helper:
         helper.do("b = attach(); read(b, 0)")
-        os.kill(keeper.pid, signal.SIGSTOP)  # so that it cannot tell its child
+        suspend(keeper.pid)  # so that it cannot tell its child
         os.kill(before.pid, signal.SIGKILL)
         supervisor.kill()
         start_anew(supervisor, command, helper, content)

@@ -27,7 +27,7 @@ from pcshare import trace
 from pcshare.errors import CoordinatorGone, SourceLost
 from pcshare.protocol import AdminOp
 from pcshare.status import StatusReport, read_status
-from support import wait_until
+from support import suspend, suspended, wait_until
 from support_coordinator import Helper as Program
 from support_coordinator import coordinator, die_with_parent
 from support_nbd import RealServer, nbdkit
@@ -96,8 +96,7 @@ def test_fault_that_nobody_had_read_is_answered(runtime_dir: Path, data_file: Pa
     """P5: it came when the coordinator was stopped, or when there was none."""
     with restarting(f"data={data_file}", options=LAZY) as served:
         first, second = served.attached(), served.attached()
-        os.kill(served.pid, signal.SIGSTOP)
-        wait_until(lambda: served.status().stopped, "it to be stopped")
+        suspend(served.pid)
         unread = first.start(f"read(b, 0, {PAGE})")
         with served.away():
             nobody = second.start(f"read(b, {PAGE}, {PAGE})")
@@ -259,11 +258,10 @@ def test_stopped_helper_goes_on(runtime_dir: Path, data_file: Path, content: byt
         touch = helper.start(f"read(b, 0, {PAGE})")
         ensured = helper.start(f"b.ensure(slice({2 * PAGE}, {3 * PAGE}))")
         served.wait_for_waiting(1)
-        os.kill(helper.pid, signal.SIGSTOP)
-        served.restart()
-        assert other.do(f"read(b, {5 * PAGE}, {PAGE})") == page_at(content, 5)
-        served.restart()
-        os.kill(helper.pid, signal.SIGCONT)
+        with suspended(helper.pid):
+            served.restart()
+            assert other.do(f"read(b, {5 * PAGE}, {PAGE})") == page_at(content, 5)
+            served.restart()
         assert touch.result() == page_at(content, 0)
         ensured.result()
         assert helper.do(f"read(b, {2 * PAGE}, {PAGE})") == page_at(content, 2)
@@ -425,10 +423,9 @@ def test_helper_that_did_not_hear_of_the_end_is_told(runtime_dir: Path, data_fil
     """It was killed when the last page was in, before anybody knew."""
     with restarting(f"data={data_file}#rate=2M") as served:
         helper = served.attached()
-        os.kill(helper.pid, signal.SIGSTOP)
-        served.wait_for_state("END")
-        served.restart()
-        os.kill(helper.pid, signal.SIGCONT)
+        with suspended(helper.pid):
+            served.wait_for_state("END")
+            served.restart()
         assert helper.do("bytes(b)") == content
         wait_until(lambda: helper.do("b.state") == "complete", "the helper to hear of it")
         wait_until(lambda: not served.status().helpers, "the helper to be let go", WAIT_S)
@@ -708,12 +705,11 @@ def test_poison_of_a_page_that_came_just_before_its_coordinator_died_is_lifted(
         assert not marked.do("copied()")
         before = served.restarts
         broken.unlink()
-        os.kill(served.keeper_pid, signal.SIGSTOP)
-        with contextlib.suppress(CoordinatorGone):  # it may die before it answers
-            served.order(AdminOp.RESUME)
-        wait_until(lambda: not death.exists(), "its death")
-        child = marked.start("in_child()")
-        os.kill(served.keeper_pid, signal.SIGCONT)
+        with suspended(served.keeper_pid):
+            with contextlib.suppress(CoordinatorGone):  # it may die before it answers
+                served.order(AdminOp.RESUME)
+            wait_until(lambda: not death.exists(), "its death")
+            child = marked.start("in_child()")
         served.wait_for_restart(before)
         wait_until(lambda: bool(marked.do("copied()")), "the mark to be lifted")
         assert marked.do(f"read(b, {5 * PAGE}, {PAGE})") == page_at(content, 5)
@@ -835,7 +831,7 @@ def test_keeper_that_is_told_to_end_during_a_restart_leaves_nothing(
 def test_status_and_stop_during_a_restart(runtime_dir: Path, data_file: Path) -> None:
     """It is not called dead, and stopping waits for the one that can be told."""
     with ending(data_file, *LAZY) as (process, name):
-        os.kill(process.pid, signal.SIGSTOP)
+        suspend(process.pid)
         pid = read_status(name).pid
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not read_status(name).alive, "its end")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from support import wait_until
+from support import suspend, wait_until
 from support_migration import HUGE_PAGE, HungUp, Preempt, Refused, Source, SourceBlock, playing
 from support_qemu import MIB, POSTCOPY, PREEMPT, UNLIMITED, Guest, Qemu, assert_same_memory
 from support_scene import N_PAGES, RAM, each_preempt
@@ -222,7 +222,7 @@ def test_death_after_the_end(scene: Scene) -> None:
     source = scene.source()
     with playing(source):
         helper, stopped = scene.attached(), scene.attached()
-        os.kill(stopped.pid, signal.SIGSTOP)
+        suspend(stopped.pid)
         helper.do("b.wait()")
     scene.assert_whole(source)
     for _ in range(2):
