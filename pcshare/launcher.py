@@ -33,7 +33,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pcshare import errors, runtime, units
-from pcshare.sources import signals_blocked
+from pcshare.sources import signals_blocked, wait_for_event
 
 if TYPE_CHECKING:
     from pcshare.client import Block
@@ -279,7 +279,7 @@ class Coordinator:
             self._reader.start()
 
     def _wait_until_ready(self) -> None:
-        if not self._settled.wait(self._ready_timeout_s):
+        if not wait_for_event(self._settled, self._ready_timeout_s):
             raise errors.AttachTimeout(
                 f"coordinator {self.name!r} was not ready within {self._ready_timeout_s:g} s",
                 errno=errno.ETIMEDOUT,

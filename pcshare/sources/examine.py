@@ -15,7 +15,7 @@ from pcshare.errors import SourceError
 from pcshare.sources.npy import ArrayDescription
 from pcshare.sources.opened import OpenedSource
 from pcshare.sources.shown import shown
-from pcshare.sources.wakeup import signals_blocked
+from pcshare.sources.wakeup import signals_blocked, wait_for_event
 
 if TYPE_CHECKING:
     from pcshare.page_channel import ChannelFigures
@@ -69,18 +69,20 @@ def _measure(source: OpenedSource) -> ChannelFigures:
     from pcshare.page_channel import measure_channel  # late: the grammar works without the compiled core
 
     outcome: list[ChannelFigures | BaseException] = []
+    is_over = threading.Event()
 
     def run() -> None:
         try:
             outcome.append(measure_channel(channel, length, duration_s=STREAM_S, timeout_s=READ_TIMEOUT_S))
         except BaseException as error:
             outcome.append(error)
+        is_over.set()
 
     channel, length = source.make_channel(), source.used_length
     thread = threading.Thread(target=run, name="pcshare-examine", daemon=True)
     with signals_blocked():  # a signal that another thread takes does not end the main thread's wait
         thread.start()
-    thread.join()
+    wait_for_event(is_over)
     (figures,) = outcome
     if isinstance(figures, BaseException):
         raise figures

@@ -26,7 +26,7 @@ from pcshare.sources.child import Child
 from pcshare.sources.endpoint import Connected, connect, stoppable
 from pcshare.sources.grammar import ExecTarget, ObjectTarget, SshTarget, Target
 from pcshare.sources.shown import shown
-from pcshare.sources.wakeup import StopFlag, Wakeup, signals_blocked
+from pcshare.sources.wakeup import StopFlag, Wakeup, signals_blocked, wait_for_event
 
 log = logging.getLogger("pcshare")
 
@@ -169,7 +169,7 @@ class Link(Generic[Facts]):
         with signals_blocked():  # they belong to the main thread, and the child processes are not to block them
             self._thread.start()
         with (StopFlag() if stop is None else stop).calling(self._stop.set):
-            self._opened.wait()
+            wait_for_event(self._opened)
         if self._failure is not None:
             raise self._failure
         assert self._facts is not None
