@@ -134,11 +134,15 @@ def child(memfd: int, length: int, page_size: int = mmap.PAGESIZE, features: int
         made.end()
 
 
-def compile_c(target: Path, source: str, core: list[str], sanitize: str | None = None) -> Path:
-    """Builds tests/c/SOURCE with the named files of the core, warnings being errors."""
+def compile_c(
+    target: Path, source: str, core: list[str], sanitize: str | None = None, *, to_preload: bool = False
+) -> Path:
+    """Builds tests/c/SOURCE with the named files of the core, warnings being errors; to_preload: for LD_PRELOAD."""
     compiler = shutil.which("cc")
     assert compiler, "no C compiler: install one (for example: apt install gcc)"
     command = [compiler, "-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{CORE}"]
+    if to_preload:
+        command += ["-shared", "-fPIC"]
     if sanitize:
         command += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"]
     command += ["-o", str(target), str(TESTS / "c" / source), *(str(CORE / name) for name in core)]

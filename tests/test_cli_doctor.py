@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import support_seccomp
+from core_support import compile_c
 from pcshare import probe
 from pcshare.errors import EXIT_INTERRUPTED
 from pcshare.nbd.wire import Command
@@ -201,9 +202,14 @@ def test_server_that_is_silent_after_the_handshake_is_given_up(data_file: Path) 
     assert time.monotonic() - begin < 20
 
 
-def test_interrupt_ends_a_measurement_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("late_waits", [False, True], ids=["while it waits", "just before it waits"])
+def test_interrupt_ends_a_measurement_at_once(tmp_path: Path, late_waits: bool) -> None:
     """The server answers what is asked at the start, and from then on nothing."""
     data, asked = bytes(256 * PAGE), threading.Event()
+    environment = dict(os.environ)
+    if late_waits:
+        library = compile_c(tmp_path / "late_waits.so", "late_waits.c", [], to_preload=True)
+        environment["LD_PRELOAD"] = str(library)
 
     def never_again(peer: Peer, request: Request) -> bool:
         if request.command == Command.READ and request.length == PAGE:
@@ -218,7 +224,9 @@ def test_interrupt_ends_a_measurement_at_once(tmp_path: Path) -> None:
     with ScriptedServer(script) as server:
         host, port = server.listen()
         command = [sys.executable, "-m", "pcshare", "doctor", f"nbd://{host}:{port}/"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent) as process:
+        with subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+        ) as process:
             assert asked.wait(START_S)
             process.send_signal(signal.SIGINT)
             _, said = process.communicate(timeout=examine.READ_TIMEOUT_S / 3)
