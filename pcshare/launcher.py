@@ -33,7 +33,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pcshare import errors, runtime, units
-from pcshare.sources import signals_blocked, wait_for_event
+from pcshare.signals import EXIT_SIGNAL, signals_blocked, wait_for_event
 
 if TYPE_CHECKING:
     from pcshare.client import Block
@@ -44,7 +44,6 @@ STOP_TIMEOUT_S = (
 )
 THREAD_JOIN_TIMEOUT_S = 5.0  # the reader ends at the end of file; only a callback of the user can hold it up
 DEATH_TIMEOUT_S = 5.0  # from SIGKILL to the end: freeing the memory of a large block takes a while
-EXIT_SIGNAL = 128
 LINE_BYTES_MAX = 1 << 20  # one JSON line; a thousand blocks in "ready" take a tenth of it
 RECEIVE_BYTES = 1 << 16
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pcshare.sources import signals_blocked
+from pcshare.signals import signals_blocked
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ ROOMS = (
     ("core",),
     ("units",),
     ("extents",),
+    ("signals",),
     ("runtime",),
     ("working_set",),
     ("fds",),

@@ -31,7 +31,7 @@ from pcshare.errors import HostError, PcshareError
 from pcshare.launcher import Coordinator
 from pcshare.protocol import AdminOp
 from pcshare.scratch import scratch_folder
-from pcshare.sources import signals_blocked
+from pcshare.signals import signals_blocked
 
 EXECUTABLES = Path(__file__).resolve().parent.parent / "_bin"
 MIB, GIB = 1 << 20, 1 << 30

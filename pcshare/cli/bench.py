@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pcshare.cli.options import ending_signals_raise, json_option, print_json
+from pcshare.cli.options import json_option, print_json
 from pcshare.errors import EXIT_DONE, EXIT_FAILED, UsageError
+from pcshare.signals import ending_signals_raise
 
 if TYPE_CHECKING:
     from pcshare.bench.run import Outcome

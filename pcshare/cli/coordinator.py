@@ -21,6 +21,7 @@ import click
 
 from pcshare import errors
 from pcshare.cli import options
+from pcshare.signals import stop_signals
 
 if TYPE_CHECKING:
     from pcshare.coordinator import Options, Server
@@ -149,7 +150,7 @@ def _run(socket_fd: OwnedFd | None, kept: Kept, parent: ParentLink | None, given
     _inherit_device(kept, by_number=socket_fd is None or not kept)
     before = Predecessor.found(kept, store)
     server = Server(chosen, _keeper(socket_fd, kept, store), parent, store, before)
-    with options.stop_signals(server), _ended(server):
+    with stop_signals(server), _ended(server):
         is_first = server.start()
         if parent is None and is_first:
             _say_ready(server, as_json)

@@ -10,8 +10,9 @@ from pathlib import Path
 import click
 
 from pcshare import units
-from pcshare.cli.options import DURATION, RATE, SIZE, ending_signals_raise, json_option, print_json
+from pcshare.cli.options import DURATION, RATE, SIZE, json_option, print_json
 from pcshare.errors import EXIT_DONE, EXIT_FAILED
+from pcshare.signals import ending_signals_raise
 
 SIZE_DEFAULT = "48M"
 ARRIVAL_DEFAULT = "3s"

@@ -5,13 +5,10 @@ It must not act on anything, and imports nothing heavy.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -20,8 +17,6 @@ from pcshare import errors, runtime, units
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 if TYPE_CHECKING:
-    import socket
-
     from pcshare.account import Account
 
     _ParamType = click.ParamType[Any]
@@ -35,8 +30,6 @@ PAGE_SIZES = (4 << 10, 2 << 20)
 PAGE_SIZE_AUTO = 0  # as in coordinator/options.py, without loading it; a test compares them
 READ_AHEAD_MIN, READ_AHEAD_MAX = 4 << 10, 64 << 20  # more is an eager stream
 FAULT_THREADS_MAX = 64  # as in core/fault_thread.h
-EXIT_SIGNAL = 128
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _Parsed(_ParamType):
@@ -222,44 +215,6 @@ def coordinator_options(function: Decorated) -> Decorated:
 def print_json(told: Mapping[str, Any]) -> None:
     """One object on one line."""
     click.echo(json.dumps(told))
-
-
-class _Stoppable(Protocol):
-    @property
-    def wakeup(self) -> tuple[socket.socket, socket.socket]:
-        """Where its loop waits for a byte, and where to send it."""
-
-    def stop(self) -> None: ...
-
-
-@contextlib.contextmanager
-def stop_signals(server: _Stoppable) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP stop it: held from before the start until after the end, so that none of them cuts off
-    the clearing up. For the main thread of a command that serves and does nothing else. One that came before, and was
-    blocked by a keeper, is heard now; one that comes just before the loop waits, and so interrupts nothing, wakes it.
-    """
-    with contextlib.ExitStack() as closing:
-        _, end = [closing.enter_context(end.dup()) for end in server.wakeup]  # ours: the server may close its own
-        closing.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(end.fileno(), warn_on_full_buffer=False))
-        for number in STOP_SIGNALS:
-            closing.callback(signal.signal, number, signal.signal(number, lambda *_: server.stop()))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        yield
-
-
-@contextlib.contextmanager
-def ending_signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGHUP end what runs inside as Ctrl-C does: processes and files that it made go too."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(EXIT_SIGNAL + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def operator_socket(name: str, socket_path: str | None) -> str:

@@ -20,6 +20,7 @@ import click
 
 from pcshare import errors
 from pcshare.cli.options import NAME, PAGE_SIZE_AUTO, STREAM_MODES, coordinator_options, json_option, print_json
+from pcshare.signals import EXIT_SIGNAL
 
 if TYPE_CHECKING:
     from pcshare.launcher import Coordinator, Event
@@ -35,7 +36,6 @@ HEARS_LIMIT_S, LOOK_AGAIN_S = 1.0, 0.005  # until the coordinator has heard that
 PROGRESS_REST = 20  # times as long as it took to paint
 EXIT_NOT_FOUND = 127  # as shells say it
 EXIT_NOT_EXECUTABLE = 126
-EXIT_SIGNAL = 128
 
 COMMAND_KEY = "pcshare.run.command"  # in click's ctx.meta
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import click
 
 from pcshare import errors
-from pcshare.cli.options import ending_signals_raise, json_option, print_json, stop_signals
+from pcshare.cli.options import json_option, print_json
+from pcshare.signals import ending_signals_raise, stop_signals
 
 if TYPE_CHECKING:
     from pcshare.nbd.address import Listening

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pcshare.cli.options import DURATION, ending_signals_raise, json_option, print_json
+from pcshare.cli.options import DURATION, json_option, print_json
 from pcshare.errors import EXIT_DONE, EXIT_FAILED
+from pcshare.signals import ending_signals_raise
 
 if TYPE_CHECKING:
     from pcshare.stress.run import Summary

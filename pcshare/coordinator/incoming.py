@@ -32,7 +32,8 @@ from pcshare.incoming import IncomingStream
 from pcshare.keeper import Keeper
 from pcshare.migration.return_path import shut
 from pcshare.migration.wire import Announcement, ConnectionKind, Header, PostcopyAdvise
-from pcshare.sources import LinkState, SourceSpec, signals_blocked
+from pcshare.signals import signals_blocked
+from pcshare.sources import LinkState, SourceSpec
 from pcshare.state import State
 from pcshare.status import SegmentWriter
 from pcshare.units import format_bytes

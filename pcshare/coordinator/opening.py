@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from pcshare.errors import PcshareError
-from pcshare.sources import OpenedSource, SourceSpec, StopFlag, Wakeup, open_source, signals_blocked
+from pcshare.signals import signals_blocked
+from pcshare.sources import OpenedSource, SourceSpec, StopFlag, Wakeup, open_source
 
 
 class _HasFileno(Protocol):

@@ -19,7 +19,7 @@ from pcshare.coordinator.options import Options
 from pcshare.errors import PcshareError, WorkingSetError
 from pcshare.fault_thread import FaultThreads
 from pcshare.fds import OwnedFd
-from pcshare.sources import signals_blocked
+from pcshare.signals import signals_blocked
 from pcshare.state import State
 from pcshare.working_set import Packer, SetBlock, WorkingSet
 

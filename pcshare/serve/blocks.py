@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -27,6 +26,7 @@ from pcshare.extents import data_within
 from pcshare.nbd.server import Export, Exports, FileRange, Server
 from pcshare.nbd.wire import ExtentFlag
 from pcshare.serve.extents import Ranges, merged, with_holes
+from pcshare.signals import stop_signals
 
 log = logging.getLogger("pcshare")
 
@@ -96,10 +96,7 @@ def main(control_socket: str, description_fd: str, *listener_fds: str) -> None:
     logging.basicConfig(level=logging.WARNING, format="pcshare exporter: %(message)s")
     exports = Exports([BlockExport(control_socket, block) for block in _read_description(int(description_fd))])
     listeners = [socket.socket(fileno=int(fd)) for fd in listener_fds]
-    with Server(exports, listeners) as server:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: server.stop())
-        signal.set_wakeup_fd(server.wakeup[1].fileno(), warn_on_full_buffer=False)  # also just before it waits
+    with Server(exports, listeners) as server, stop_signals(server):
         threading.Thread(target=_stop_at_end_of_input, args=(server,), daemon=True).start()
         server.run()
 

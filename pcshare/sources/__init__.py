@@ -19,7 +19,7 @@ from pcshare.sources.nbd import NbdSource
 from pcshare.sources.npy import ArrayDescription
 from pcshare.sources.opened import CompleteSource, OpenedSource, SourceMemory
 from pcshare.sources.shown import shown
-from pcshare.sources.wakeup import StopFlag, Wakeup, signals_blocked, wait_for_event
+from pcshare.sources.wakeup import StopFlag, Wakeup
 from pcshare.sources.zero import ZeroSource
 
 __all__ = [
@@ -40,8 +40,6 @@ __all__ = [
     "parse_arguments",
     "reopen_source",
     "shown",
-    "signals_blocked",
-    "wait_for_event",
 ]
 
 _KINDS: dict[str, Callable[[SourceSpec], OpenedSource]] = {"file": FileSource, "zero": ZeroSource}

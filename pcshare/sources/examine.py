@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pcshare.errors import SourceError
+from pcshare.signals import signals_blocked, wait_for_event
 from pcshare.sources.npy import ArrayDescription
 from pcshare.sources.opened import OpenedSource
 from pcshare.sources.shown import shown
-from pcshare.sources.wakeup import signals_blocked, wait_for_event
 
 if TYPE_CHECKING:
     from pcshare.page_channel import ChannelFigures

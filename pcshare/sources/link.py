@@ -22,11 +22,12 @@ from typing import Generic, Protocol, TypeVar
 
 from pcshare.errors import PcshareError, SourceError
 from pcshare.nbd.client import Session, negotiate
+from pcshare.signals import signals_blocked, wait_for_event
 from pcshare.sources.child import Child
 from pcshare.sources.endpoint import Connected, connect, stoppable
 from pcshare.sources.grammar import ExecTarget, ObjectTarget, SshTarget, Target
 from pcshare.sources.shown import shown
-from pcshare.sources.wakeup import StopFlag, Wakeup, signals_blocked, wait_for_event
+from pcshare.sources.wakeup import StopFlag, Wakeup
 
 log = logging.getLogger("pcshare")
 

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
-import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 from pcshare.errors import SourceError
-
-SIGNAL_LOOK_S = 0.2
 
 
 class Wakeup:
@@ -89,23 +84,3 @@ def shut_down(connection: socket.socket) -> None:
     """Ends every wait on a socket, in whichever thread."""
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
-
-
-def wait_for_event(event: threading.Event, timeout_s: float = math.inf) -> bool:
-    """Whether it was set in time. For the main thread, in steps: a signal that comes just before a wait ends none, and
-    Python looks for signals only between waits."""
-    deadline = time.monotonic() + timeout_s
-    while not event.wait(min(SIGNAL_LOOK_S, max(0.0, deadline - time.monotonic()))):
-        if time.monotonic() >= deadline:
-            return False
-    return True
-
-
-@contextlib.contextmanager
-def signals_blocked() -> Iterator[None]:
-    """For the start of a thread, which inherits the mask: the program's signals are for its main thread."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pcshare.scratch import scratch_folder
-from pcshare.sources import signals_blocked
+from pcshare.signals import signals_blocked
 from pcshare.stress import plan
 from pcshare.stress.crew import has_numpy
 from pcshare.stress.round import Round
