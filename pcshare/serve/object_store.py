@@ -79,6 +79,7 @@ _CREDENTIAL_HINTS = {
     _HTTP: "write https://USER:PASSWORD@HOST/..., or a signed URL",
 }
 _NO_CREDENTIALS = re.compile(r"/latest/api/token|token request|Account must be specified")
+_REACH_HINT = "is the address right, the server up, and can this machine reach it?"
 _NO_BUCKET = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)</Code>")
 _CODE_AND_MESSAGE = re.compile(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", re.DOTALL)
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -188,7 +189,9 @@ class StoreReader(ObjectReader):
             return SourceError(f"{url}: the server does not tell the object's length", errno=errno.ENOTSUP)
         status = _STATUS.search(text)
         is_final = (status and _FINAL_STATUS.fullmatch(status[1])) or isinstance(error, ValueError)
-        return (SourceError if is_final else Outage)(f"{url}: {in_short(text)}", errno=errno.EIO)
+        return (SourceError if is_final else Outage)(
+            f"{url}: {in_short(text)}", errno=errno.EIO, hint=None if status or opened else _REACH_HINT
+        )
 
 
 def can_read(url: str) -> bool:
