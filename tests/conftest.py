@@ -19,7 +19,7 @@ from support import IN_CI, TAG, Inventory, needs, wait_until
 SEED = int(os.environ.setdefault("PCSHARE_TEST_SEED", str(random.SystemRandom().randrange(1 << 32))))
 SHORT_TEMPORARY_FOLDER = "/tmp"  # a socket's path takes 107 bytes, and pytest's own folders are long
 HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
-SOCKETS_TIMEOUT_S = 5.0
+SOCKETS_TIMEOUT_S = 20.0
 
 os.environ[TAG] = str(os.getpid())
 

@@ -20,7 +20,7 @@ SHM = Path("/dev/shm")
 SHM_PREFIX = "pcshare-"
 POLL_INTERVAL_S = 0.01
 LISTINGS_MAX = 100  # of threads, where they come and go all the time
-LEFTOVERS_TIMEOUT_S = 5.0  # a coordinator that was told to end unregisters its blocks first
+LEFTOVERS_TIMEOUT_S = 20.0  # a coordinator that was told to end unregisters its blocks first
 TAG = "PCSHARE_TEST_TAG"  # in the environment of every process that a test starts, however far down
 
 IN_CI = os.environ.get("PCSHARE_CI") == "1"
@@ -40,8 +40,8 @@ def duration_s(full: float, in_ci: float) -> float:
     return in_ci if IN_CI else full
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
-    """Polls until condition holds; fails naming what did not come."""
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 25.0) -> None:
+    """Polls until condition holds; fails naming what did not come. By default for less time than an orphan waits."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() >= deadline:

@@ -30,8 +30,8 @@ from pcshare.stress import resources, stacks
 from support import wait_until
 
 EXECUTABLES = Path(pcshare.__file__).parent / "_bin"
-READY_TIMEOUT_S = 20.0
-STOP_TIMEOUT_S = 15.0
+READY_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 30.0
 STATE_TIMEOUT_S = 30.0
 HELPER_TIMEOUT_S = 60.0
 PR_SET_PDEATHSIG = 1

@@ -328,7 +328,7 @@ def test_closing_a_server_that_serves_is_quick(runtime_dir: Path, data_file: Pat
         helper.do("b = attach()")
         pending = helper.start("b.ensure()")
         started = time.monotonic()
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 20.0
     with helper, pytest.raises(PcshareError):
         pending.result()
 

@@ -229,6 +229,6 @@ def test_interrupt_ends_a_measurement_at_once(tmp_path: Path, late_waits: bool) 
         ) as process:
             assert asked.wait(START_S)
             process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=examine.READ_TIMEOUT_S / 3)
+            _, said = process.communicate(timeout=examine.READ_TIMEOUT_S * 2 / 3)
     assert process.returncode == EXIT_INTERRUPTED
     assert "Traceback" not in said

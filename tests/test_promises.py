@@ -508,7 +508,7 @@ def test_sparse_tebibyte_is_cheap_and_complete(runtime_dir: Path, gaps: tuple[Pa
         segment = Path(f"/dev/shm/pcshare-{served.name}").stat()
         assert segment.st_blocks * 512 < 4 << 20
         helper.do("b.wait()")
-    assert time.monotonic() - started < 10.0
+    assert time.monotonic() - started < 30.0
 
 
 def test_eager_stream_of_a_sparse_tebibyte_is_done_at_once(

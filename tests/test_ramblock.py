@@ -643,5 +643,5 @@ def test_sparse_tebibyte_costs_neither_time_nor_memory(keeper: Keeper) -> None:
         assert lib.ramblock_next_missing(ram.pointer, 0, TIB // PAGE) == TIB // PAGE
         ram.free()
     received.close()
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 10.0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 64 << 10

@@ -98,7 +98,7 @@ def test_sparse_terabyte_takes_milliseconds_and_no_memory(tmp_path: Path) -> Non
         assert source.used_length == 1 << 40
         assert sum(end - begin for begin, end in source.extents) <= MIB
         assert source.extents[0][0] <= 512 << 30 < source.extents[0][1]
-    assert took_s < 0.5  # reading it would take minutes
+    assert took_s < 10  # reading it would take minutes
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 4096
 
 

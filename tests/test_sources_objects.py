@@ -252,7 +252,7 @@ def test_read_has_a_time_limit() -> None:
             started_s = time.monotonic()
             with pytest.raises(SourceError, match="hung up"):
                 provider.read(0, 4096)
-            assert time.monotonic() - started_s < 2 + 1
+            assert time.monotonic() - started_s < 20
             assert provider.finish()[0] == EXIT_FAILED
         gate.set()
 

@@ -107,7 +107,7 @@ def test_rate_limits_the_stream(runtime_dir: Path, data_file: Path) -> None:
     with serving(f"data={data_file}", stream_mode=RATE, stream_rate=8 << 20) as served:
         served.wait_for_state("END")
         took_s = time.monotonic() - started
-    assert 0.4 < took_s < 5.0
+    assert 0.4 < took_s < 20.0
 
 
 def test_rate_is_changed_at_run_time(runtime_dir: Path, data_file: Path) -> None:
