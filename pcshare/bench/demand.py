@@ -80,6 +80,7 @@ def _one_fault(lab: Lab, place: str, cpu: int, at_most: float) -> Contest:
 
 def _beside_stream(lab: Lab) -> Contest:
     length, touches = lab.length(STREAMED_LENGTH), lab.count(STREAMED_TOUCHES)
+    may_be_late = lab.shrink > 1  # a small block may be here before the first touch
 
     def touch(number: int, with_stream: bool) -> Figures:
         with _coordinator(lab, length, ANY_CPU, stream="paused") as serving:
@@ -87,7 +88,7 @@ def _beside_stream(lab: Lab) -> Contest:
                 *("random", ANY_CPU, touches, number, f"pcshare:{serving.socket}"),
                 at_start=lambda: lab.start_stream(serving) if with_stream else None,
             )
-        if not figures["timed"]:
+        if not figures["timed"] and not may_be_late:
             raise PcshareError("no page was missing any more when it was touched: the stream was too fast")
         return figures
 
@@ -97,8 +98,8 @@ def _beside_stream(lab: Lab) -> Contest:
         pinning="none",
         rivals={ALONE: lambda number: touch(number, False), BESIDE: lambda number: touch(number, True)},
         rows=[
-            Row("median", "p50", ALONE, of=BESIDE, number="F4", at_most=2),
-            Row("p99", "p99", ALONE, of=BESIDE, number="F4", at_most=5),
+            Row("median", "p50", ALONE, of=BESIDE, number="F4", at_most=2, is_optional=may_be_late),
+            Row("p99", "p99", ALONE, of=BESIDE, number="F4", at_most=5, is_optional=may_be_late),
         ],
         in_check=True,
         needs=["nbdkit"],
