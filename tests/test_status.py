@@ -46,7 +46,6 @@ WRITER = """
 import ctypes, os, signal, socket, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 from pcshare import runtime, status
-from support import suspend
 name = sys.argv[1]
 path = runtime.socket_path(name, create_dir=True)
 writer = status.SegmentWriter(name, path)
