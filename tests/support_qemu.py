@@ -16,6 +16,7 @@ A receiving QEMU has incoming=URI, and paused=True where its guest must not go o
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,8 @@ BIOS = "pc.bios"  # idstr of another block that pmemsave can read
 BIOS_RANGE = range((4 << 30) - (256 << 10), 4 << 30)  # guest addresses
 RETURN_PATH = "return-path"
 POSTCOPY_PAUSED = "postcopy-paused"
+NAMED_THREADS = ("-name", "debug-threads=on")
+SENDERS = ("live_migration", "return path", "mig/src/")  # as 7.2 names them, and 10
 
 
 class Qemu(qemu.Qemu):
@@ -74,7 +77,7 @@ class Qemu(qemu.Qemu):
         options: Sequence[str] = (),
     ) -> None:
         needs(None if shutil.which(EXECUTABLE) else f"{EXECUTABLE} (Debian: qemu-system-x86)")
-        super().__init__(guest, folder, name, incoming=incoming, paused=paused, options=options)
+        super().__init__(guest, folder, name, incoming=incoming, paused=paused, options=[*NAMED_THREADS, *options])
 
     def memory(self) -> bytes:
         """The guest's RAM as it is now, the ROM hole zeroed. Where the guest runs on it is no one moment's."""
@@ -90,9 +93,20 @@ class Qemu(qemu.Qemu):
         return content
 
     def pause_migration(self) -> None:
-        """Breaks the connection of a post-copy. Returns when QEMU has seen that: up to 0.1 s later."""
+        """Breaks the connection of a post-copy. Returns when QEMU has seen that: up to 0.1 s later. Its threads see it
+        one after the other, and 7.2 dies of a resume (segmentation fault) that comes before the last."""
         self.execute("migrate-pause")
         self.wait_for_migration(POSTCOPY_PAUSED)
+        wait_until(self._senders_wait, "QEMU's threads to wait for a resume")
+
+    def _senders_wait(self) -> bool:
+        """Whether no thread of an outgoing migration does anything, or waits for its connection."""
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # of others: they come and go
+                is_sender = (task / "comm").read_text().startswith(SENDERS)
+                if is_sender and not (task / "wchan").read_text().startswith("futex"):
+                    return False
+        return True
 
     def resume_migration(self, uri: str) -> None:
         """After a pause. Returns when the receiver has acknowledged it. If the connection breaks before that, 7.2 stays
