@@ -1,7 +1,7 @@
 """signals: who hears them: the main thread, also where it waits, and as an end that clears up behind itself.
 
 Python looks for signals between two steps of the main thread. One that comes after that look and before a system call
-interrupts nothing, and is heard when the call ends: nobody waits here without something that ends the wait then.
+interrupts nothing, and is heard when the call ends. So what waits here has something that ends the wait then.
 """
 
 from __future__ import annotations

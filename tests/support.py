@@ -63,6 +63,13 @@ def suspend(pid: int) -> None:
     wait_until(lambda: _all_threads_stopped(pid), "its last thread to be stopped")
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Also where nobody has waited for it yet."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() == psutil.STATUS_ZOMBIE
+    return True
+
+
 @contextlib.contextmanager
 def suspended(pid: int) -> Iterator[None]:
     """While the body runs nothing of this process does."""

@@ -87,7 +87,10 @@ class Serving:
         serves, keeper = psutil.Process(self.pid), psutil.Process(self.process.pid)
         resources.wait_until_asleep(keeper)
         below = keeper.children(recursive=True)
-        names = [path.read_text().strip() for path in Path(f"/proc/{self.pid}/task").glob("*/comm")]
+        names = []
+        for path in Path(f"/proc/{self.pid}/task").glob("*/comm"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                names.append(path.read_text().strip())
         threads = sum(name != READER_THREAD for name in names)
         assert len(names) - threads <= READERS_MAX * len(self.status().blocks)
         return Held(serves.num_fds(), threads, keeper.num_fds(), len(below))

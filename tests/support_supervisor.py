@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,13 @@ class Supervisor:
                 self.kept.remove((name, fd))
                 os.close(fd)
 
+    def _hear_all(self) -> None:
+        """All that was said before, also by who is dead by now."""
+        mark = f"X_MARK={time.monotonic_ns()}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+            end.sendto(mark.encode(), self.address)
+        wait_until(lambda: self.said(mark) > 0, "what was said before to be heard")
+
     def said(self, line: str) -> int:
         """How often."""
         with self._lock:
@@ -97,6 +105,7 @@ class Supervisor:
 
     def start(self, *command: str, log: int | None = None) -> subprocess.Popen[bytes]:
         """Returns when it is ready. It gets what was kept, which stays kept."""
+        self._hear_all()
         ready = self.said("READY=1")
         with self._lock:
             fds, names = [fd for _, fd in self.kept], ":".join(name for name, _ in self.kept)

@@ -103,6 +103,10 @@ class Restarting:
             lambda: self.restarts > before and self.status().alive, f"restart {before + 1}: {self.status()}", WAIT_S
         )
 
+    def wait_for_faults(self, n: int) -> None:
+        """Of all so far: a page that somebody waited for may have come already, on a slow machine."""
+        wait_until(lambda: self.status().faults >= n, f"{n} faults: {self.status()}", WAIT_S)
+
     def restart(self) -> None:
         """Kills it, and returns when the next one serves."""
         self.wait_for_restart(self.kill())

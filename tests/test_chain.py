@@ -81,7 +81,7 @@ def test_a_chain_of_two_hosts_outlives_its_wire(runtime_dir: Path, tmp_path: Pat
             f"data={source}", options=["--stream=lazy", f"--export={near.address}:10809"], within=near.within
         ) as first,
         coordinator(
-            f"data=nbd://{near.address}/data#timeout=500ms", options=["--stream=lazy"], within=far.within
+            f"data=nbd://{near.address}/data#timeout=3s", options=["--stream=lazy"], within=far.within
         ) as second,
         pcshare.attach(second.name) as block,
         ThreadPoolExecutor(1) as reading,

@@ -367,7 +367,12 @@ def test_run_takes_every_page_size_that_is_offered(source: Path) -> None:
 
 
 def test_run_json_keeps_stdout_for_its_object(source: Path) -> None:
-    script = "import pcshare; b = pcshare.attach(); print(bytes(memoryview(b)[:1])); b.close(); print('hello')"
+    script = (
+        "import os, time, pcshare; from pcshare.status import read_status\n"
+        "b = pcshare.attach(); print(bytes(memoryview(b)[:1]))\n"
+        "while not read_status(os.environ['PCSHARE_NAME']).blocks[0].demand_pages: time.sleep(0.01)\n"
+        "b.close(); print('hello')"
+    )
     done = pcshare_run("run", str(source), "--json", "--stream", "lazy", "--", sys.executable, "-c", script)
     assert done.returncode == 0, done.stderr
     assert "hello" in done.stderr

@@ -301,15 +301,21 @@ def test_range_with_steps_is_wrong_usage(served: Serving) -> None:
 
 
 @pytest.mark.parametrize("call", ["b.ensure()", "b.wait(timeout_s=20)"])
-def test_other_threads_run_while_one_waits_for_a_range(runtime_dir: Path, data_file: Path, call: str) -> None:
+def test_other_threads_run_while_one_waits_for_a_range(
+    runtime_dir: Path, data_file: Path, tmp_path: Path, call: str
+) -> None:
     """The GIL is free meanwhile."""
-    with serving(f"data={data_file}#delay=2s", stream_mode=PAUSED) as served:
+    broken = tmp_path / "broken"
+    broken.touch()
+    with serving(f"data={data_file}#error=EIO@{broken}", stream_mode=EAGER) as served:
+        served.wait_for_state("PAUSED")
         helper = served.helper()
         helper.do("b = attach()")
-        served.order(AdminOp.STREAM_EAGER)
         pending = helper.start(call)
         assert helper.do("sum(range(1000))") == 499500
         assert not pending.is_done()
+        broken.unlink()
+        served.order(AdminOp.RESUME)
         pending.result()
 
 
@@ -368,11 +374,19 @@ def test_signal_handler_runs_while_a_thread_waits(runtime_dir: Path, data_file: 
             if len(heard) == 3:
                 raise InterruptedError("enough")
 
+        main = threading.main_thread()
+        wchan = Path(f"/proc/self/task/{main.native_id}/wchan")
+
+        def waits(n: int) -> bool:
+            """For the n-th time: a signal that comes just before it interrupts nothing."""
+            asked = sum(one.event == "range_request" for one in read_trace(str(trace)))
+            return asked >= n and wchan.read_text().startswith("futex")
+
         def interrupt() -> None:
-            wait_until(lambda: any(one.event == "range_request" for one in read_trace(str(trace))), "the request")
-            for n_heard in (1, 2, 3):
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
-                wait_until(lambda: len(heard) == n_heard, "the handler to have run")  # noqa: B023
+            for n in (1, 2, 3):
+                wait_until(lambda: waits(n), "the wait for what was asked for")  # noqa: B023
+                signal.pthread_kill(main.ident or 0, signal.SIGUSR1)
+                wait_until(lambda: len(heard) == n, "the handler to have run")  # noqa: B023
 
         before = signal.signal(signal.SIGUSR1, stop)
         poker = threading.Thread(target=interrupt)
@@ -481,8 +495,8 @@ def test_attachments_come_and_go_without_a_trace(served: Serving) -> None:
         with attach(served, "data", ("ro", "cow")[number % 2]) as block:
             assert block[number * PAGE] is not None
     wait_until(lambda: not served.status().helpers, "all to have left")
-    assert len(os.listdir("/proc/self/fd")) <= fds
-    assert len(Path("/proc/self/maps").read_text().splitlines()) <= maps + 2
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= fds, "their fds to be closed")
+    assert len(Path("/proc/self/maps").read_text().splitlines()) < maps + 50  # threads that close fds have stacks
 
 
 # ---- other processes ----

@@ -337,6 +337,9 @@ def test_coordinator_without_fds_left_goes_on_and_accepts_when_there_are_some(
     """P4."""
     first, second, content = served.helper(), served.helper(), data_file.read_bytes()
     first.do("b = attach()")
+    wait_until(
+        lambda: all(thread.name != "closing" for thread in threading.enumerate()), "its first connection to be closed"
+    )
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), before[1]))
     filled = []

@@ -330,6 +330,7 @@ def test_exporter_is_shown_as_what_it_is_and_counts_as_no_helper_at_the_end(runt
             assert helper.exporter
             with served.attach("data"):
                 assert [one.pid for one in served.status().helpers if not one.exporter] == [os.getpid()]
+            wait_until(lambda: all(one.exporter for one in served.status().helpers), "the helper to have left")
             assert f"exporter {helper.pid}" in run(*PCSHARE, "status", served.name).stdout
             done = run(*PCSHARE, "stop", served.name, "--json")
         assert json.loads(done.stdout)["helpers"] == []

@@ -22,7 +22,7 @@ from pcshare.core import ffi, lib
 from pcshare.errors import HostError, PcshareError
 from pcshare.fds import OwnedFd
 from pcshare.keeper import FD_VARIABLE, Keeper
-from support import wait_until
+from support import has_ended, wait_until
 from support_serving import PAGE, WAIT_S, is_readable
 
 REQUEST_BYTES = ffi.sizeof("struct keeper_request")
@@ -332,4 +332,4 @@ def test_command_ends_with_its_keeper() -> None:
         assert process.stdout is not None
         child = psutil.Process(int(process.stdout.readline()))
         process.kill()
-        wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the command's end")
+        wait_until(lambda: has_ended(child), "the command's end")

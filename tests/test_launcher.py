@@ -211,9 +211,18 @@ def test_what_makes_no_sense_is_refused_before_a_process_is_started(options: dic
 
 
 def test_not_ready_in_time_is_an_error_and_nothing_is_left(source: Path) -> None:
-    coordinator = pcshare.Coordinator(blocks=str(source), ready_timeout_s=0.001)
+    given_up = threading.Event()
+
+    def hold(event: Event) -> None:
+        if event.name == "PROBE":
+            given_up.wait(TIMEOUT_S)
+
+    coordinator = pcshare.Coordinator(blocks=str(source), on_event=hold, ready_timeout_s=0.001)
+    releasing = threading.Timer(1.0, given_up.set)  # this callback must return for its thread to end
+    releasing.start()
     with pytest.raises(errors.AttachTimeout, match="not ready"):
         coordinator.start()
+    releasing.join()
     assert is_gone(coordinator.name)
 
 
@@ -250,15 +259,13 @@ def test_veto_at_probe_reaches_the_user_with_its_reason(source: Path, veto: Call
 
 
 def test_probe_without_an_answer_is_given_up_after_the_notifiers_time(source: Path) -> None:
-    release = threading.Event()
-
     def hang(event: Event) -> None:
-        if event.name == "PROBE":
-            threading.Timer(1.0, release.set).start()  # this callback must return for its thread to end
-            release.wait(TIMEOUT_S)
+        if event.name == "PROBE":  # it must return for its thread to end
+            wait_until(lambda: coordinator._process is not None and coordinator._process.poll() is not None, "its end")
 
+    coordinator = pcshare.Coordinator(blocks=str(source), on_event=hang, notifier_timeout_s=0.2)
     with pytest.raises(errors.PcshareError, match="PROBE"):
-        pcshare.Coordinator(blocks=str(source), on_event=hang, notifier_timeout_s=0.2).start()
+        coordinator.start()
 
 
 def test_death_of_the_coordinator_is_told_and_cleared_away(source: Path) -> None:
@@ -357,8 +364,8 @@ def test_coordinator_ends_when_its_creator_is_killed(source: Path, number: signa
 
 def test_coordinator_ends_when_its_creator_just_exits(source: Path) -> None:
     with creator("creator-exits", source, "os._exit(0)") as process:
-        coordinator = psutil.Process(int(line_of(process)))
-    coordinator.wait(TIMEOUT_S)
+        pid = int(line_of(process))
+    wait_until(lambda: not psutil.pid_exists(pid), "an end of the coordinator", TIMEOUT_S)
     wait_until(lambda: is_gone("creator-exits"), "coordinator's things gone")
 
 

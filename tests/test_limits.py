@@ -108,7 +108,7 @@ def test_coordinator_without_fds_serves_who_is_there_and_says_so_to_who_comes(
     ):
         first.do("b = attach()")
         with pytest.raises(PcshareError) as caught:
-            crowd.do(f"kept = []\nfor _ in range({FDS_MAX}): kept.append(attach(timeout_s=2))")
+            crowd.do(f"kept = []\nfor _ in range({FDS_MAX}): kept.append(attach(timeout_s=20))")
         n_kept = crowd.do("len(kept)")
         assert n_kept > 5
         assert caught.value.errno == errno.EMFILE, caught.value
@@ -193,10 +193,10 @@ def test_helper_that_comes_with_dev_shm_full_is_refused_and_takes_no_place(
         crowd.do("kept = []")
         with filled(small_shm):
             with pytest.raises(PcshareError, match="/dev/shm has no room"):
-                crowd.do("for _ in range(150): kept.append(attach(timeout_s=2))")
+                crowd.do("for _ in range(150): kept.append(attach(timeout_s=20))")
             for _ in range(60):
                 with pytest.raises(PcshareError, match=r"/dev/shm has no room.*remount"):
-                    crowd.do("attach(timeout_s=2)")
+                    crowd.do("attach(timeout_s=20)")
             assert helper.do("read(b, 0, 9)") == data_file.read_bytes()[:9]
         crowd.do("while len(kept) < 199: kept.append(attach())")
         with pytest.raises(LimitReached):

@@ -20,7 +20,7 @@ import support_seccomp
 from pcshare import account, runtime
 from pcshare.errors import AccessRefused, NotWritable, UsageError
 from pcshare_helpers.expected import expected_touch
-from support import needs, wait_until
+from support import has_ended, needs, wait_until
 from support_coordinator import EXECUTABLES, Serving, coordinator
 from support_serving import NOBODY, PAGE, HelperProcess, make_file
 from support_users import DEVICE, UNPRIVILEGED, as_user, needs_root, reachable, run
@@ -334,7 +334,7 @@ def test_coordinator_that_became_a_user_dies_with_who_asked_for_that(data_file: 
         pid = json.loads(parent.stdout.readline())["pid"]
         keeper = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
-    wait_until(lambda: not keeper.is_running() or keeper.status() == psutil.STATUS_ZOMBIE, "the keeper's end")
+    wait_until(lambda: has_ended(keeper), "the keeper's end")
     wait_until(lambda: not psutil.pid_exists(pid), "the coordinator's end")
     wait_until(lambda: not runtime.shm_path(name).exists(), "an end in order")
 

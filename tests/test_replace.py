@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 import pcshare
@@ -65,7 +66,7 @@ def test_no_helper_notices(served: Restarting, content: bytes) -> None:
         report = json.loads(told.stdout.splitlines()[-1])
         assert report == {"event": "replaced", "name": served.name, "pid": served.pid, "pid_before": before}
         assert served.pid != before
-        assert served.restarts == number + 1
+        wait_until(lambda n=number: served.restarts == n + 1, "the count", WAIT_S)  # type: ignore[misc]
         assert served.attached().do(f"read(b, {100 * PAGE}, 9)") == content[100 * PAGE : 100 * PAGE + 9]
     assert touching.result() == content[: (N_PAGES - 1) * PAGE]
     ensuring.result()
@@ -86,7 +87,9 @@ def test_options_given_with_it_count_and_go_on(served: Restarting, tmp_path: Pat
     words = command_line(served.pid)
     assert any(word.startswith("data=") for word in words)
     assert served.status().stream == "lazy"
+    exporters = [child.pid for child in psutil.Process(served.pid).children()]
     served.restart()
+    wait_until(lambda: not any(map(psutil.pid_exists, exporters)), "the exporter's end", WAIT_S)
     assert command_line(served.pid) == words
     assert is_exported(export)
     assert helper.do("bytes(b)") == content
@@ -125,8 +128,8 @@ def test_program_that_fails_leaves_the_old_one_serving(
             assert told.returncode == 1
             assert "did not come to serve" in told.stderr
             assert command_line(served.pid) == words
-            touched = helper.do(f"read(b, {served.restarts * PAGE}, {PAGE})")
-            assert touched == content[served.restarts * PAGE : (served.restarts + 1) * PAGE]
+            page = served.restarts
+            assert helper.do(f"read(b, {page * PAGE}, {PAGE})") == content[page * PAGE : (page + 1) * PAGE]
         assert is_exported(export)
         assert helper.do("bytes(b)") == content
 

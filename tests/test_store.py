@@ -344,6 +344,7 @@ def test_fds_without_mappings_are_good_for_a_good_bye(supervisor: Supervisor, da
     before = read_status(name_of(command))
     with HelperProcess(before.socket) as helper:
         helper.do("b = attach(); read(b, 0)")
+        wait_until(lambda: supervisor.names().count("ro.0") == 2, "the helper's fds to be passed on")
         suspend(keeper.pid)  # so that it cannot tell its child
         os.kill(before.pid, signal.SIGKILL)
         supervisor.kill()

@@ -76,7 +76,7 @@ def test_whoever_waits_when_it_dies_gets_the_right_bytes(
         in_python = helpers[0].start(f"b[{50 * PAGE}]")
         ensured = helpers[1].start(f"b.ensure(slice({60 * PAGE}, {64 * PAGE})); bytes(b[{60 * PAGE}:{64 * PAGE}])")
         written = cow.start(f"write(b, {70 * PAGE + 5}, b'mine'); read(b, {70 * PAGE}, {PAGE})")
-        served.wait_for_waiting(5)
+        served.wait_for_faults(5)
         for _ in range(times):
             served.restart()
         for number, touch in enumerate(touches):
@@ -210,7 +210,7 @@ def test_helper_that_leaves_or_dies_while_nobody_is_there_is_let_go(runtime_dir:
         leaver, victim, execs, stays = (served.attached() for _ in range(4))
         waits = stays.start(f"read(b, 0, {PAGE})")
         victim.start(f"read(b, 9 * {PAGE})")
-        served.wait_for_waiting(2)
+        served.wait_for_faults(2)
         with served.away():
             leaver.do("b.close()")
             victim.kill()
@@ -257,7 +257,7 @@ def test_stopped_helper_goes_on(runtime_dir: Path, data_file: Path, content: byt
         helper, other = served.attached(), served.attached()
         touch = helper.start(f"read(b, 0, {PAGE})")
         ensured = helper.start(f"b.ensure(slice({2 * PAGE}, {3 * PAGE}))")
-        served.wait_for_waiting(1)
+        served.wait_for_faults(1)
         with suspended(helper.pid):
             served.restart()
             assert other.do(f"read(b, {5 * PAGE}, {PAGE})") == page_at(content, 5)
@@ -282,7 +282,7 @@ def test_forked_child_goes_on(runtime_dir: Path, data_file: Path, content: bytes
             "    return found"
         )
         before = helper.start("in_child(3)")
-        served.wait_for_waiting(1)
+        served.wait_for_faults(1)
         with served.away():
             meanwhile = helper.start("in_child(4)")
         assert before.result() == page_at(content, 3)
@@ -392,7 +392,7 @@ def test_huge_pages_go_on(
         helper = served.attached()
         helper.do("read(b, 0)")
         touch = helper.start(f"read(b, {2 * HUGE_PAGE + 5}, 100)")
-        served.wait_for_waiting(1)
+        served.wait_for_faults(2)
         with served.away():
             served.unnote([0])
         assert touch.result() == content[2 * HUGE_PAGE + 5 : 2 * HUGE_PAGE + 105]
@@ -874,7 +874,9 @@ def test_clients_of_an_export_come_back_to_the_same_address(runtime_dir: Path, d
 
         assert copy() == content
         for _ in range(2):
+            before = [child.pid for child in psutil.Process(served.pid).children()]
             served.restart()
+            wait_until(lambda pids=before: not any(map(psutil.pid_exists, pids)), "the exporter's end", WAIT_S)  # type: ignore[misc]
             assert copy() == content
     assert not path.exists()
 
@@ -909,23 +911,23 @@ def test_attaching_and_leaving_all_the_time(
         helpers = [served.helper() for _ in range(3)]
         for helper in helpers:
             helper.do(
-                "import random; stop = False\n"
+                "import random; stop, n = False, 0\n"
                 "def come_and_go(content):\n"
-                "    n = 0\n"
+                "    global n\n"
                 "    while not stop:\n"
                 "        with attach(mode=random.choice(['ro', 'cow'])) as b:\n"
                 "            at = random.randrange(len(content) - 4096)\n"
                 "            assert read(b, at, 4096) == content[at:at + 4096]\n"
-                "            n += 1\n"
-                "    return n"
+                "            n += 1"
             )
         coming = [helper.start(f"come_and_go(open({str(data_file)!r}, 'rb').read())") for helper in helpers]
         for _ in range(8):
             time.sleep(rng.uniform(0.0, 0.3))
             served.restart()
-        for helper in helpers:
+        for helper, pending in zip(helpers, coming, strict=True):
+            wait_until(lambda one=helper: one.do("n") > 8, "some more to come and go", WAIT_S)  # type: ignore[misc]
             helper.do("stop = True")
-        assert all(pending.result() > 8 for pending in coming)
+            pending.result()
         served.wait_until_alone(before)
         assert served.block().foreign_pages == 0
 

@@ -21,9 +21,12 @@ from support_scene import Scene as AnyScene
 from support_serving import PAGE, WAIT_S
 from support_takeover import Restarting, restarting
 
-SLOWLY = 2.0 * MIB  # bytes a second: the coordinator dies in the middle of it
+SLOWLY = 0.25 * MIB  # bytes a second: the coordinator dies in the middle of it
 # What is asked for is not held back on a preempt channel: nor must that be over before.
-READ_SLOWLY = f"b''.join((time.sleep(0.003), read(b, page * {PAGE}, {PAGE}))[1] for page in range({N_PAGES}))"
+READ_SLOWLY = (  # a quarter, and the rest when it may go on
+    f"b''.join((time.sleep(0.003), page < {N_PAGES // 4} or go_on.wait(), read(b, page * {PAGE}, {PAGE}))[2]"
+    f" for page in range({N_PAGES}))"
+)
 
 Scene = AnyScene[Restarting]
 
@@ -116,14 +119,16 @@ def test_death_in_postcopy(scene: Scene, preempt: Preempt, share: float) -> None
         reads = []
         for helper, attached in waiting:
             attached.result()
-            helper.do("import time")
+            helper.do("import threading, time; go_on = threading.Event()")
             reads.append(helper.start(READ_SLOWLY))
         for _ in range(2):
             assert may_kill.wait(WAIT_S)
             may_kill.clear()
-            enough = scene.here() + N_PAGES // 10
+            enough = scene.here() + N_PAGES // 20
             wait_until(lambda enough=enough: scene.here() >= enough, "some pages", WAIT_S)  # type: ignore[misc]
             scene.served.kill()
+        for helper, _ in waiting:
+            helper.do("go_on.set()")
         for read in reads:
             assert read.result() == source.memory(RAM)
     scene.assert_whole(source)
@@ -193,7 +198,7 @@ def test_death_while_paused_and_in_recovery(scene: Scene) -> None:
 def test_death_with_huge_pages(scene: Scene, huge_pages: Callable[[int], None]) -> None:
     huge_pages(8)
     block = SourceBlock(RAM, 4 * HUGE_PAGE, page_size=HUGE_PAGE, seed=3)
-    source = scene.source([block], rate_bytes_s=4.0 * MIB)
+    source = scene.source([block], rate_bytes_s=1.0 * MIB)
     helper, attached = scene.attaching()
 
     def script(source: Source) -> None:
@@ -225,6 +230,7 @@ def test_death_after_the_end(scene: Scene) -> None:
         suspend(stopped.pid)
         helper.do("b.wait()")
     scene.assert_whole(source)
+    wait_until(lambda: not scene.listens(), "an end of listening", WAIT_S)
     for _ in range(2):
         assert not scene.listens()
         scene.served.restart()

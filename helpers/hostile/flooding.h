@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <string.h>
@@ -17,8 +18,10 @@ enum {
     FLOOD_REQUESTS = 20000,
     FLOOD_FAULTS_THREADS = 8,
     FLOOD_WAKES_MAX = 200000, /* in all; a page arrives long before */
-    FLOOD_WAITS_MAX = 4096, /* FAULT_DEMANDS_IN_FLIGHT_MAX: who waits for more pages is cut off */
-    FLOOD_PERIOD_US = 50,   /* for each of them */
+    FLOOD_WAITS_MAX = 4096,   /* FAULT_DEMANDS_IN_FLIGHT_MAX: who waits for more pages is cut off */
+    FLOOD_PERIOD_US = 50,     /* for each of them */
+    FLOOD_ROUNDS = 16,        /* over the block: what is left before anybody has read it does not count */
+    FLOOD_LOOK_PAGES = 64,
     IDLE_CONNECTIONS = 512,
     RECONNECTIONS = 100,
 };
@@ -84,7 +87,15 @@ static void leave_page(int signal_number)
     siglongjmp(before_next_page, 1);
 }
 
-/* Touches page after page and leaves each by a timer's signal before it comes; the number of pages. */
+/* Whether the coordinator has said something, or hung up. */
+static int is_told(const struct raw *r)
+{
+    struct pollfd control = {.fd = r->control, .events = POLLIN};
+    return poll(&control, 1, 0) > 0;
+}
+
+/* Touches page after page and leaves each by a timer's signal before it comes, until it is told; the number of pages.
+ */
 static uint64_t touch_and_leave(const struct raw *r, uint64_t n)
 {
     const struct itimerspec period = {{0, FLOOD_PERIOD_US * 1000L}, {0, FLOOD_PERIOD_US * 1000L}}, never = {{0}, {0}};
@@ -97,8 +108,8 @@ static uint64_t touch_and_leave(const struct raw *r, uint64_t n)
         return 0;
     if (sigsetjmp(before_next_page, 1) == 0)
         timer_settime(timer, 0, &period, NULL);
-    while (page < n) {
-        const volatile uint8_t *at = r->data + page++ * r->welcome.page_size;
+    while (page < FLOOD_ROUNDS * n && (page % FLOOD_LOOK_PAGES || !is_told(r))) {
+        const volatile uint8_t *at = r->data + page++ % n * r->welcome.page_size;
         (void)*at;
     }
     timer_settime(timer, 0, &never, NULL);

@@ -32,7 +32,7 @@ SI_KERNEL = 128  # siginfo.si_code: sent by the kernel, as a terminal's driver d
 # Python ignores them for itself; a command expects the default.
 RESTORED = (signal.SIGPIPE, signal.SIGXFSZ)
 PROGRESS_PERIOD_S = 0.1
-HEARS_LIMIT_S, LOOK_AGAIN_S = 1.0, 0.005  # until the coordinator has heard that a process ended
+HEARS_LIMIT_S, LOOK_AGAIN_S = 5.0, 0.005  # until the coordinator has heard that a process ended
 PROGRESS_REST = 20  # times as long as it took to paint
 EXIT_NOT_FOUND = 127  # as shells say it
 EXIT_NOT_EXECUTABLE = 126

@@ -314,8 +314,8 @@ class Helpers:
         if self._by_identity.get(helper.identity) is helper:
             del self._by_identity[helper.identity]
         del self._by_id[helper.remote_id]
+        self._segment.header.helpers_left += 1  # before it is in the table no more
         self._forget(helper.slot, helper.may_write)
-        self._segment.header.helpers_left += 1
         trace.step("left", block_index=helper.block.index, subject=helper.slot)
 
     def _forget(self, slot: int, may_write: bool) -> None:

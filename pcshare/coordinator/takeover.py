@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -169,6 +170,7 @@ class Predecessor:
             return cls(kept)
         for name, fds in kept.items():
             store.remove(name)
+            _end_use(name, fds)
             for fd in fds:
                 fd.close()
         kept.clear()
@@ -203,8 +205,7 @@ class Predecessor:
                 connection.shutdown()
             store.remove(kept_name(helper.slot, may_write=helper.may_write))
         for kept_as, fds in self._kept.items():
-            if kept_as in (LISTENER, INCOMING) or kept_as.startswith(EXPORT):
-                _end_listening(fds)
+            _end_use(kept_as, fds)
         for kept_as in (*self._kept, STATE, HELPER_TABLE):
             store.remove(kept_as)
         for path in (runtime.shm_path(name), Path(self.state.socket_path)):
@@ -213,8 +214,12 @@ class Predecessor:
         self.helpers.close()
 
 
-def _end_listening(fds: Sequence[OwnedFd]) -> None:
-    """At once, whoever else holds a copy: their addresses are wanted again."""
+def _end_use(name: str, fds: Sequence[OwnedFd]) -> None:
+    """Addresses and the name are free at once, whoever else holds a copy: the store closes its own when it comes to
+    it."""
     for fd in fds:
-        with contextlib.suppress(OSError), socket.socket(fileno=fd.detach()) as listener:
-            listener.shutdown(socket.SHUT_RDWR)
+        if name in (LISTENER, INCOMING) or name.startswith(EXPORT):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd.fileno())) as listener:
+                listener.shutdown(socket.SHUT_RDWR)
+        elif name == SEGMENT:
+            fcntl.flock(fd.fileno(), fcntl.LOCK_UN)

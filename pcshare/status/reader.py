@@ -158,6 +158,7 @@ class StatusReader:
         header = self._header()
         blocks = tuple(self._blocks(header))
         helpers = tuple(self._helpers(header, {block.index: block.idstr for block in blocks}))
+        header = self._header()  # after the table: who is not in it any more is counted
         found = process_stat(header.pid)
         exists = found is not None and found[1] == header.pid_start_ticks and found[0] not in "ZX"
         reasons = [_text(header.reason), *(f"{block.idstr}: {block.reason}" for block in blocks if block.reason)]

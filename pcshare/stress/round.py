@@ -28,7 +28,7 @@ from pcshare.stress.troupe import Troupe
 
 RESOURCES_PERIOD_S = 1.0
 LEAVE_LIMIT_S = 20.0
-LOSS_LIMIT_S = 0.5  # what a source lost before it was back is known by then
+LOSS_LIMIT_S = 2.0  # what a source lost before it was back is known by then
 LOOK_AGAIN_S = 0.002
 # How long helpers wait for a coordinator: one that is killed is back in time for a child of fork, which must find it.
 ORPHAN_TIMEOUT_S, ORPHAN_TIMEOUT_KILLS_S = 1.0, 15.0
