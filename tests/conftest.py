@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy  # noqa: F401  (here, because its thread pool starts with the first import and no test shall be blamed for it)
 import pytest
 
@@ -22,6 +23,11 @@ HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 SOCKETS_TIMEOUT_S = 20.0
 
 os.environ[TAG] = str(os.getpid())
+
+hypothesis.settings.register_profile(  # an example takes long where the machine stands still
+    "pcshare", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("pcshare")
 
 
 def pytest_report_header() -> str:

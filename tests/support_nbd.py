@@ -528,9 +528,9 @@ class Withheld:
 
     def answer_late(self) -> None:
         """All that is owed, while the client asks for nothing else."""
-        for peer, request in self._owed:
+        while self._owed:
+            peer, request = self._owed.pop(0)
             peer.answer_read(request, self._data[request.offset : request.offset + request.length])
-        self._owed.clear()
 
     def _withhold(self, peer: Peer, request: Request) -> bool:
         read = request.offset, request.length

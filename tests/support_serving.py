@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -196,6 +196,16 @@ class Serving:
 
     def order(self, op: AdminOp, argument: int = 0) -> None:
         admin.send(self.socket, op, argument)
+
+    def resume_until(self, condition: Callable[[], bool], what: str) -> None:
+        """Resumes it again where a read that had begun before the first order fails after it."""
+
+        def is_met() -> bool:
+            if any(block.state == "PAUSED" for block in self.status().blocks):
+                self.order(AdminOp.RESUME)
+            return condition()
+
+        wait_until(is_met, what)
 
     def ram(self, idstr: str = "data") -> RAMBlock:
         return self.server.blocks.find(idstr).ram

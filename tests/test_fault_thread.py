@@ -49,6 +49,7 @@ from support_serving import (
 N_PAGES = 64
 LENGTH = N_PAGES * PAGE - 100
 MANY_PAGES = 1 << 15
+PART_PAGES = MANY_PAGES // 8  # of which a crowd touches four parts, one after the other
 POLL_UFFD, POLL_CHANNEL = 1, 3  # of fault_internal.h
 STEADY, CROWD = 0, 1  # of Neighbours
 MOVES_PART = 0.03
@@ -169,12 +170,24 @@ class Neighbours:
             f"for page in range({MANY_PAGES // 2}): read(b, page * {PAGE}); time.sleep(0.0005)"
         )
 
-    def begin_crowd(self, threads_a_cpu: int = 3, meanwhile: str = "") -> Pending:
-        """More threads than the CPUs run, which do nothing but fault; ends with the bytes of the half."""
+    def flood(self) -> tuple[list[tuple[int, int]], bytes]:
+        """The crowd comes and ends, part by part: it may be over before anybody looks. What was seen of it, and the
+        bytes that it found."""
+        found, content = [], b""
+        for first in range(MANY_PAGES // 2, MANY_PAGES, PART_PAGES):
+            touched = self.begin_crowd(pages=range(first, first + PART_PAGES))
+            found += self.pollers_until(touched)
+            content += touched.result()
+        return found, content
+
+    def begin_crowd(
+        self, threads_a_cpu: int = 3, meanwhile: str = "", pages: range = range(MANY_PAGES // 2, MANY_PAGES)
+    ) -> Pending:
+        """More threads than the CPUs run, which do nothing but fault; ends with the bytes of the pages."""
         n = threads_a_cpu * len(os.sched_getaffinity(0))
         return self.crowd.start(
             "import threading, numpy as np\n"
-            f"half = np.frombuffer(b, np.uint8)[{MANY_PAGES // 2 * PAGE}:]\n"
+            f"half = np.frombuffer(b, np.uint8)[{pages.start * PAGE}:{pages.stop * PAGE}]\n"
             f"def touch(first): np.bitwise_or.reduce(half[first * {PAGE} :: {n} * {PAGE}])\n"
             f"threads = [threading.Thread(target=touch, args=(i,), daemon=True) for i in range({n})]\n"
             f"for thread in threads: thread.start()\n{meanwhile}"
@@ -208,7 +221,7 @@ def test_fault_thread_that_asks_alone_takes_the_answers(runtime_dir: Path, tmp_p
     """Others would only be woken by them. Whoever else asks takes some again."""
     cpus = sorted(os.sched_getaffinity(0))
     needs(None if len(cpus) > 1 else "two CPUs")
-    n, n_others = 4096, 512
+    n, n_others = 8192, 4096
     data_file = make_file(tmp_path, rng, n * PAGE)
     with (
         nbdkit(tmp_path, "file", data_file) as server,
@@ -233,9 +246,8 @@ def test_helper_has_a_home_but_not_beside_a_crowd(runtime_dir: Path, many_pages:
         both = Neighbours(served)
         both.begin_steady()
         wait_until(lambda: both.pollers()[STEADY] == 1, "a home")
-        touched = both.begin_crowd()
-        wait_until(lambda: both.pollers()[STEADY] == 2, "no home beside the crowd")
-        touched.result()
+        found, _ = both.flood()
+        assert 2 in [pollers[STEADY] for pollers in found], "a home beside the crowd"
         wait_until(lambda: both.pollers()[STEADY] == 1, "a home again")
 
 
@@ -245,9 +257,8 @@ def test_crowd_rests_beside_others_and_loses_nothing(runtime_dir: Path, many_pag
     with serving(f"data={many_pages}", stream_mode=LAZY, fault_threads=2, read_ahead=0) as served:
         both = Neighbours(served)
         both.begin_steady()
-        touched = both.begin_crowd()
-        found = both.pollers_until(touched)
-        assert touched.result() == content
+        found, touched = both.flood()
+        assert touched == content
         assert rests(found, CROWD)
         assert not rests(found, STEADY)
         wait_until(lambda: both.pollers()[CROWD] > 0, "the end of its rest")
@@ -257,9 +268,8 @@ def test_crowd_does_not_rest_alone(runtime_dir: Path, many_pages: Path) -> None:
     content = many_pages.read_bytes()[MANY_PAGES // 2 * PAGE :]
     with serving(f"data={many_pages}", stream_mode=LAZY, fault_threads=2, read_ahead=0) as served:
         both = Neighbours(served)
-        touched = both.begin_crowd()
-        found = both.pollers_until(touched)
-        assert touched.result() == content
+        found, touched = both.flood()
+        assert touched == content
         assert not rests(found, CROWD)
 
 
@@ -280,7 +290,7 @@ def test_events_of_a_crowd_are_read_while_it_floods(runtime_dir: Path, many_page
         )
         assert touched.result() == content[MANY_PAGES // 2 * PAGE :]
         removed, took_s, n_threads = both.crowd.do("removed, took_s, len(threads)")
-        assert removed > took_s / (n_threads * DRAIN_S) / 4
+        assert removed > min(took_s / (n_threads * DRAIN_S) / 4, 5)  # of a flood that stands still are read none
 
 
 @pytest.fixture(scope="module", params=[None, "address,undefined"], ids=["plain", "asan"])
@@ -646,7 +656,7 @@ def test_blocks_come_and_go_while_another_is_served_and_streamed(
         for index in range(1, len(filters) + 1):
             rig.remove_block(index)
     assert {event.block_index for event in rig.events()} <= {0}
-    assert len(os.listdir("/proc/self/fd")) == fds
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= fds, "their fds to be closed")
 
 
 def test_complete_block_is_told_once_and_only_then_ended(rig: Rig, data_file: Path) -> None:
@@ -683,7 +693,7 @@ def test_second_block_of_one_number_is_refused_and_freed(rig: Rig, data_file: Pa
 def test_one_request_a_page_however_many_wait(runtime_dir: Path, data_file: Path, tmp_path: Path) -> None:
     """D3, E4: and all who wait are woken, one call a helper."""
     trace = tmp_path / "trace"
-    with serving(f"data={data_file}#delay=2s", stream_mode=LAZY, trace=str(trace)) as served:
+    with serving(f"data={data_file}#delay=6s", stream_mode=LAZY, trace=str(trace)) as served:
         helpers = [served.helper() for _ in range(3)]
         for helper in helpers:
             helper.do("b = attach()")
@@ -722,14 +732,14 @@ def test_own_wait_is_woken_like_any_other(runtime_dir: Path, data_file: Path) ->
         helper = served.helper()
         helper.do("b = attach()")
         pending = helper.start("read(b, 3 * 4096)")
-        served.wait_for_waiting(1)
+        wait_until(lambda: served.status().faults == 1, "the fault")
         assert read_own_page(served.ram(), 3) == page_of(data_file.read_bytes(), 3)
         pending.result()
 
 
 def test_waker_that_fails_keeps_no_other_from_being_woken(runtime_dir: Path, data_file: Path) -> None:
     """E4: a helper was killed while it waited for the same page."""
-    with serving(f"data={data_file}#delay=2s", stream_mode=LAZY) as served:
+    with serving(f"data={data_file}#delay=6s", stream_mode=LAZY) as served:
         victim, other = served.helper(), served.helper()
         for helper in (victim, other):
             helper.do("b = attach()")
@@ -759,7 +769,7 @@ def interrupt():
 
 def test_waiting_thread_that_gets_signals_is_one_waiter(runtime_dir: Path, data_file: Path) -> None:
     """T13, G6: profiled at 1 kHz it faults again and again; it is not cut off and its wait counts once."""
-    with serving(f"data={data_file}#delay=2s", stream_mode=LAZY) as served:
+    with serving(f"data={data_file}#delay=6s", stream_mode=LAZY) as served:
         helper = served.helper()
         helper.do(INTERRUPT_READER)
         pending = helper.start("read_first()")
@@ -769,7 +779,7 @@ def test_waiting_thread_that_gets_signals_is_one_waiter(runtime_dir: Path, data_
         assert served.waiting() == 1
         assert pending.result() == data_file.read_bytes()[:1]
         interrupting.result()
-        wait_until(lambda: served.helpers(helper.pid)[0].blocktime.max >= 2_000_000, "the wait to be recorded")
+        wait_until(lambda: served.helpers(helper.pid)[0].blocktime.max >= 6_000_000, "the wait to be recorded")
         served.wait_for_waiting(0)
         (status,) = served.helpers(helper.pid)
         assert status.state == "attached"
@@ -812,7 +822,7 @@ def test_several_fault_threads_serve_all_helpers_right(
         served.wait_for_counts(received_pages=n_pages, demand_pages=n_pages, foreign_pages=0)
         status = served.status()
         assert status.faults >= n_pages
-        wait_until(lambda: sum(served.status().blocktime.buckets) == status.faults, "the last ones to be counted")
+        wait_until(lambda: sum((now := served.status()).blocktime.buckets) == now.faults, "the last ones to be counted")
 
 
 def test_helpers_come_and_go_while_faults_run(runtime_dir: Path, tmp_path: Path, rng: random.Random) -> None:

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 NOBODY = 65534
 ECHO_MS = 20000  # a time limit that is never reached
 SOON_MS = 150  # one that is
+MUTE_MS = 3000  # one that is, after an answer
 Make = Callable[..., tuple[SmallCoordinator, Helper]]
 
 
@@ -540,6 +541,7 @@ def test_link_that_breaks_is_made_again(make: Make, insult: str) -> None:
 def test_restarted_coordinator_that_fails_again_is_tried_again(make: Make, obstacle: str) -> None:
     coordinator, helper = make(orphan_ms=60000)
     helper.attach()
+    coordinator.event("hello")
     coordinator.do("hold")
     read = helper.start("read 0 10")
     coordinator.do(f"wrong {obstacle}")
@@ -563,12 +565,13 @@ def test_block_that_was_completed_meanwhile(make: Make) -> None:
     assert helper.number(f"await 0 {ORPHANED}") == ORPHANED
     coordinator.restart()
     coordinator.do("finish")
+    coordinator.do("hang-up")  # who has come back already is told by nobody else
     check_complete(helper)
 
 
 def test_another_block_under_the_same_name_is_not_taken_for_ours(make: Make) -> None:
     """P1"""
-    first, helper = make(orphan_ms=700)
+    first, helper = make(orphan_ms=5000)
     helper.attach()
     assert helper.do("read 0 3") == "ok"
     first.kill()
@@ -662,7 +665,8 @@ def test_coordinator_that_never_answers_is_a_timeout(make: Make, step: str, plac
     if place:
         helper.attach(1, "ro")  # sizes are asked for before it goes silent
     coordinator.do(f"wrong {step}")
-    number, text = refusal(helper.do(f"attach 0 ro {SOON_MS}"))
+    limit_ms = MUTE_MS if step == "mute-attach" else SOON_MS  # its HELLO is answered
+    number, text = refusal(helper.do(f"attach 0 ro {limit_ms}"))
     assert number == -110
     assert ("ATTACH" if step == "mute-attach" else "HELLO") in text
 

@@ -332,7 +332,7 @@ def test_a_block_looks_paused_before_its_process_has_ended(
     slow_retries: None, runtime_dir: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P3: a process may take its time after its connection was lost."""
-    monkeypatch.setattr(child, "LINGER_S", 3.0)
+    monkeypatch.setattr(child, "LINGER_S", 6.0)
     script = f"nbdkit -s --filter=multi-conn file {data_file} multi-conn-mode=disable; exec sleep 1000 <&- >&-"
     with serving(f'data=exec:sh -c "{script}"', stream_mode=LAZY) as served:
         started_s = time.monotonic()
@@ -503,7 +503,7 @@ def test_a_server_that_stops_answering_is_left_after_the_timeout(folder: Path, c
 
 def test_a_server_that_accepts_and_never_answers_is_away(folder: Path, content: bytes) -> None:
     """P3: it does not look as if it served."""
-    with ScriptedServer(silent_after(3, content)) as server:
+    with ScriptedServer(silent_after(6, content)) as server:
         path, _ = server.listen(folder / "s.sock")
         with serving(f"data=nbd+unix:///?socket={path}#timeout=300ms", stream_mode=LAZY) as served:
             helper = attached(served)

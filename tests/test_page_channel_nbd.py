@@ -491,14 +491,14 @@ def test_a_read_that_is_passed_over_again_and_again_is_not_waited_for_for_ever()
     def all_but_the_first(peer: Peer, request: Request) -> bool:
         return peer.number == 0 and request.offset == 0
 
-    with ScriptedServer(answering(all_but_the_first)) as server, channel(reply_timeout_ms=SHORT_MS) as c:
+    with ScriptedServer(answering(all_but_the_first)) as server, channel(reply_timeout_ms=5 * SHORT_MS) as c:
         c.connect(server.connect())
         asked = c.ask(0, PAGE)
         start_s = time.monotonic()
         while not c.has_event():
             other = c.ask(PAGE, PAGE)
             wait_until(lambda: other.ended.is_set() or c.has_event(), "a reply, or the loss", WAIT_S)  # noqa: B023
-        assert time.monotonic() - start_s >= 4 * SHORT_MS / 1000
+        assert time.monotonic() - start_s >= 4 * 5 * SHORT_MS / 1000
         (event,) = c.wait_events()
         assert re.fullmatch(r"the server has left a read without its reply for \d\.\d s", event.text)
         c.connect(server.connect())
@@ -961,7 +961,7 @@ def test_nbdkit_with_large_blocks_is_read_a_page_at_a_time(folder: Path, rng: ra
 def test_nbdkit_that_is_killed_is_followed_by_another(folder: Path) -> None:
     size = 64 * MIB
     with (
-        nbdkit(folder, "--filter=delay", "pattern", size, "delay-read=20ms", name="slow") as slow,
+        nbdkit(folder, "--filter=delay", "pattern", size, "delay-read=500ms", name="slow") as slow,
         nbdkit(folder, "pattern", size, name="other") as other,
         channel(size=size) as c,
         c.dispatching(),

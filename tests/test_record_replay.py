@@ -29,7 +29,7 @@ from pcshare.fault_thread import EventKind, FaultEvent
 from pcshare.protocol import AdminOp
 from pcshare.trace import read_trace
 from pcshare.working_set import Run, Runs, SetBlock, WorkingSet
-from support import wait_until
+from support import has_ended, wait_until
 from support_coordinator import die_with_parent
 from support_rig import PushSource, Rig
 from support_serving import EAGER, HUGE_PAGE, LAZY, PAGE, PAUSED, RATE, WAIT_S, Serving, make_file, page_of, serving
@@ -87,12 +87,12 @@ def touch(pages: Sequence[int]) -> str:
     return f"[read(b, page * {PAGE}) for page in {list(pages)}]"
 
 
-def has_ended(caplog: pytest.LogCaptureFixture) -> bool:
+def replay_has_ended(caplog: pytest.LogCaptureFixture) -> bool:
     return any(re.match(r"replayed in \d+\.\d s", message) for message in caplog.messages)
 
 
 def wait_for_replay(caplog: pytest.LogCaptureFixture) -> None:
-    wait_until(lambda: has_ended(caplog), "an end of the replay", WAIT_S)
+    wait_until(lambda: replay_has_ended(caplog), "an end of the replay", WAIT_S)
 
 
 # ---- recording ----
@@ -246,9 +246,9 @@ def test_demand_does_not_wait_for_the_replay(
         helper = served.helper()
         helper.do("b = attach()")
         assert helper.do(f"read(b, {(N_PAGES - 2) * PAGE}, 9)") == content[(N_PAGES - 2) * PAGE :][:9]
-        assert not has_ended(caplog)
+        assert not replay_has_ended(caplog)
         helper.do(f"b.ensure(slice({FAR // 2 * PAGE}, {(FAR // 2 + 1) * PAGE}))")
-        assert not has_ended(caplog)
+        assert not replay_has_ended(caplog)
 
 
 def resume_if_paused(served: Serving) -> bool:
@@ -268,11 +268,11 @@ def test_source_that_fails_meanwhile_is_asked_for_the_rest_when_it_is_resumed(
     with serving(f"data={data_file}#delay=1ms&error=EIO@{broken}", stream_mode=LAZY, replay=str(ws)) as served:
         served.wait_for_state("PAUSED")
         assert served.block().received_pages == 0
-        assert not has_ended(caplog)
+        assert not replay_has_ended(caplog)
         broken.unlink()
         served.order(AdminOp.RESUME)
         # Of several that failed one may be told only now, which pauses the block again.
-        wait_until(lambda: resume_if_paused(served) or has_ended(caplog), "the end of the replay", WAIT_S)
+        wait_until(lambda: resume_if_paused(served) or replay_has_ended(caplog), "the end of the replay", WAIT_S)
         served.wait_for_counts(received_pages=len(pages))
 
 
@@ -403,13 +403,17 @@ def test_set_of_small_pages_is_replayed_in_huge_ones_and_the_reverse(
 # ---- restarts ----
 
 
-def test_killed_coordinator_goes_on_recording(runtime_dir: Path, data_file: Path, ws: Path) -> None:
+def test_killed_coordinator_goes_on_recording(runtime_dir: Path, data_file: Path, ws: Path, tmp_path: Path) -> None:
     """Twice, and loses nothing: what it noted outlives it. Who only waited for its answer is in it once."""
-    with restarting(f"data={data_file}#delay=400ms", options=["--stream=lazy", f"--record={ws}"]) as served:
+    broken = tmp_path / "broken"
+    source = f"data={data_file}#error=EIO@{broken}"
+    with restarting(source, options=["--stream=lazy", f"--record={ws}"]) as served:
         helper = served.attached()
         helper.do(touch([900, 20]))
+        broken.touch()
         pending = helper.start(touch([400]))
         served.wait_for_waiting(1)
+        broken.unlink()
         served.restart()
         pending.result()
         helper.do(touch([20, 5]))
@@ -467,7 +471,7 @@ def test_killed_with_its_keeper_it_leaves_a_file(runtime_dir: Path, data_file: P
         processes = [psutil.Process(pid) for pid in (report.keeper_pid, report.pid)]
         for process in processes:
             process.send_signal(signal.SIGKILL)
-        wait_until(lambda: not any(one.is_running() and one.status() != "zombie" for one in processes), "their end")
+        wait_until(lambda: all(map(has_ended, processes)), "their end")
     assert pages_in(ws) == [5, 6, 7, 8]
 
 
