@@ -238,7 +238,7 @@ def test_fault_where_pages_were_moved_is_explained_by_the_event_behind_it_also_b
 def test_thread_that_waits_for_a_page_gets_it_although_others_were_moved(
     runtime_dir: Path, data_file: Path, content: bytes
 ) -> None:
-    with serving(f"data={data_file}#delay=2s", stream_mode=LAZY, writable=("data",)) as served:
+    with serving(f"data={data_file}#delay=5s", stream_mode=LAZY, writable=("data",)) as served:
         helper = attached(served)
         helper.do("to = room(8); move(30, 1, to)")
         waiting = [helper.start("peek(to)"), helper.start("peek(at(31))")]
@@ -334,7 +334,7 @@ os.waitpid(pid, 0)[1]
 def test_events_are_read_when_the_coordinator_was_killed(runtime_dir: Path, data_file: Path, content: bytes) -> None:
     """T8: while the helper waits for another one, and when it has given up."""
     command = [sys.executable, "-m", "pcshare", "coordinator", f"--name=killed-{os.getpid()}", "--json", "--no-keeper",
-               "--stream=lazy", "--writable=data", "--orphan-timeout=6s", f"data={data_file}"]  # fmt: skip
+               "--stream=lazy", "--writable=data", "--orphan-timeout=10s", f"data={data_file}"]  # fmt: skip
     with contextlib.ExitStack() as stack:
         keeper = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=die_with_parent)
         stack.callback(keeper.wait)

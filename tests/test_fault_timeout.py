@@ -28,6 +28,7 @@ from test_incoming_coordinator import play, scene_of
 N_PAGES = 600
 LENGTH = N_PAGES * PAGE - 99
 TIMEOUT_S = 0.2
+PATIENT_S = 2.0  # one that other pages never reach
 LATE_S = 2.0  # of a source that brings every page long after the fault timeout
 
 
@@ -91,17 +92,16 @@ def copy(page):
 # ---- pause ----
 
 
-def test_late_page_pauses_the_block_which_goes_on_by_itself_when_it_comes(
-    runtime_dir: Path, late: str, content: bytes
-) -> None:
+def test_late_page_pauses_the_block_which_goes_on_by_itself_when_it_comes(folder: Path, content: bytes) -> None:
     """P3: visibly, with the page, the source and the cure; what was asked for comes and nobody has to resume."""
-    with serving(late, stream_mode=LAZY, fault_timeout_s=TIMEOUT_S) as served:
+    with withholding(folder, content, [(5 * PAGE, PAGE)], fault_timeout_s=TIMEOUT_S) as (withheld, served):
         helper = attached(served)
         pending = helper.start(f"read(b, 5 * {PAGE}, {PAGE})")
         block = served.wait_for_state("PAUSED")
-        assert f"data.bin#delay={LATE_S:g}s has not brought offset {5 * PAGE} within {TIMEOUT_S:g} s" in block.reason
+        assert f"s.sock#timeout=600s has not brought offset {5 * PAGE} within {TIMEOUT_S:g} s" in block.reason
         assert f"pcshare resume {served.name}" in block.reason
         assert (served.waiting(helper.pid), pending.is_done()) == (1, False)
+        withheld.answer_late()
         assert pending.result() == page_in(content, 5)
         block = served.wait_for_state("RUNNING")
         assert (block.reason, block.lost_pages, block.received_pages) == ("", 0, 1)
@@ -124,7 +124,7 @@ def test_resume_asks_for_a_late_page_again_and_the_clock_starts_anew(
     runtime_dir: Path, data_file: Path, content: bytes
 ) -> None:
     """P3: the answer that comes last overwrites nothing, and is no foreign page."""
-    with serving(f"data={data_file}#delay=4s", stream_mode=LAZY, fault_timeout_s=TIMEOUT_S) as served:
+    with serving(f"data={data_file}#delay=8s", stream_mode=LAZY, fault_timeout_s=TIMEOUT_S) as served:
         helper = attached(served)
         pending = helper.start(f"read(b, 0, {PAGE})")
         for _ in range(2):
@@ -137,11 +137,12 @@ def test_resume_asks_for_a_late_page_again_and_the_clock_starts_anew(
         assert (served.block().foreign_pages, served.block().demand_pages) == (0, 2)
 
 
-def test_range_that_takes_too_long_pauses_too(runtime_dir: Path, late: str, content: bytes) -> None:
+def test_range_that_takes_too_long_pauses_too(runtime_dir: Path, data_file: Path, content: bytes) -> None:
     """P3: for who waits in ensure(), also where the stream has asked for all that the source takes at once."""
-    for mode in (LAZY, EAGER):
-        with serving(late, stream_mode=mode, fault_timeout_s=TIMEOUT_S) as served:
+    for order in (AdminOp.STREAM_LAZY, AdminOp.STREAM_EAGER):
+        with serving(f"data={data_file}#delay=5s", stream_mode=LAZY, fault_timeout_s=TIMEOUT_S) as served:
             helper = attached(served)
+            served.order(order)
             with pytest.raises(AttachTimeout):
                 helper.do("b.ensure(slice(0, 9), timeout_s=0.01)")
             ensured = helper.start(f"b.ensure(slice({300 * PAGE}, None))")
@@ -160,11 +161,9 @@ def test_stream_that_nobody_waits_for_may_take_its_time(runtime_dir: Path, late:
 # ---- poison ----
 
 
-def test_late_page_is_lost_at_exactly_that_page_until_it_comes_after_all(
-    runtime_dir: Path, late: str, content: bytes
-) -> None:
+def test_late_page_is_lost_at_exactly_that_page_until_it_comes_after_all(folder: Path, content: bytes) -> None:
     """P3, T10: for who waited, who was there and who comes; nobody resumes, and in the end everybody reads it."""
-    with serving(late, stream_mode=LAZY, poison=True, fault_timeout_s=TIMEOUT_S) as served:
+    with withholding(folder, content, [(5 * PAGE, PAGE)], poison=True, fault_timeout_s=PATIENT_S) as (withheld, served):
         victim, other = attached(served), attached(served)
         assert touch_is_sigbus(victim, 5)
         block = served.block()
@@ -176,15 +175,16 @@ def test_late_page_is_lost_at_exactly_that_page_until_it_comes_after_all(
         with pytest.raises(SourceLost) as caught:
             newcomer.do(f"b.ensure(slice({4 * PAGE}, {7 * PAGE}))")
         assert (caught.value.offset, caught.value.length) == (5 * PAGE, PAGE)
-        wait_until(lambda: served.block().lost_pages == 0, "the late page", LATE_S * 3)
+        withheld.answer_late()
+        wait_until(lambda: served.block().lost_pages == 0, "the late page")
         for helper in (other, newcomer, attached(served)):
             assert helper.do(f"read(b, {5 * PAGE}, {PAGE})") == page_in(content, 5)
         wait_until(lambda: served.block().reason == "", "an end of the reason")
 
 
-def test_many_threads_that_wait_are_all_told(runtime_dir: Path, late: str) -> None:
+def test_many_threads_that_wait_are_all_told(runtime_dir: Path, data_file: Path) -> None:
     """P3: also those whose pages wait in the helper's own queue."""
-    with serving(late, stream_mode=LAZY, poison=True, fault_timeout_s=TIMEOUT_S) as served:
+    with serving(f"data={data_file}#delay=60s", stream_mode=LAZY, poison=True, fault_timeout_s=TIMEOUT_S) as served:
         helper = attached(served)
         helper.do(COPY)
         answers = [helper.start(f"copy({page})") for page in range(300)]
@@ -303,7 +303,7 @@ HANGING = range(16)  # of one helper at once: at a near server 4, NBD_DEMANDS_OF
 HANGING_READS = [(page * PAGE, PAGE) for page in HANGING]
 NBD_SHARE = 4  # before it is known how far the server is
 BEHIND = range(100, 108)
-HANG_TIMEOUT_S = 1.0
+HANG_TIMEOUT_S = 2.0
 
 
 @contextlib.contextmanager
@@ -333,8 +333,8 @@ def test_pages_that_hang_keep_no_other_page_of_their_helper_from_coming(folder: 
         assert [one.result() for one in behind] == [page_in(content, page) for page in BEHIND]
         wait_until(lambda: withheld.owed_count == len(HANGING), "all questions")
         assert served.waiting(helper.pid) == len(HANGING)
-        time.sleep(2 * HANG_TIMEOUT_S)  # the last ones are late too
-        served.order(AdminOp.RESUME)
+        served.wait_for_state("PAUSED")
+        served.resume_until(lambda: all(one.is_done() for one in hanging), "the pages that hang")
         assert [one.result() for one in hanging] == [page_in(content, page) for page in HANGING]
         withheld.answer_late()
         many = range(200, 500)
@@ -362,7 +362,7 @@ def test_page_that_stands_in_the_queue_behind_lost_ones_is_not_lost(folder: Path
 def test_of_a_hint_that_hangs_is_lost_what_somebody_waits_for_and_no_more(folder: Path, content: bytes) -> None:
     """P3: not because somebody waits for something else of the block; and once somebody does, that too."""
     with withholding(
-        folder, content, [(0, 64 * PAGE), (300 * PAGE, 2 * PAGE)], poison=True, fault_timeout_s=TIMEOUT_S
+        folder, content, [(0, 64 * PAGE), (300 * PAGE, 2 * PAGE)], poison=True, fault_timeout_s=PATIENT_S
     ) as (withheld, served):
         helper = attached(served)
         helper.do(f"b.prefetch(slice(0, {64 * PAGE}))")
@@ -372,7 +372,7 @@ def test_of_a_hint_that_hangs_is_lost_what_somebody_waits_for_and_no_more(folder
                 helper.do(f"b.ensure(slice({first * PAGE}, {end * PAGE}))")
             assert caught.value.offset == first * PAGE
             wait_until(lambda: served.block().lost_pages == n_lost, "the loss of the others")  # noqa: B023
-            time.sleep(TIMEOUT_S / 2)  # looks for what is late come several times meanwhile
+            time.sleep(PATIENT_S / 2)  # looks for what is late come several times meanwhile
             assert served.block().lost_pages == n_lost
         assert helper.do(f"read(b, 5, {PAGE})") == content[5 : 5 + PAGE]
         withheld.answer_late()
@@ -382,7 +382,7 @@ def test_of_a_hint_that_hangs_is_lost_what_somebody_waits_for_and_no_more(folder
 def test_pages_around_one_that_hangs_come_for_who_waits_for_them(folder: Path, content: bytes) -> None:
     """P3: they were asked for along with it, and nobody else could ask."""
     around = 64 << 10
-    with withholding(folder, content, [(0, around)], preferred=around, poison=True, fault_timeout_s=TIMEOUT_S) as (
+    with withholding(folder, content, [(0, around)], preferred=around, poison=True, fault_timeout_s=PATIENT_S) as (
         withheld,
         served,
     ):
@@ -401,7 +401,7 @@ def test_pages_around_one_that_hangs_come_for_who_waits_for_them(folder: Path, c
 
 def test_hint_that_hangs_keeps_no_range_from_being_asked_for(folder: Path, content: bytes) -> None:
     """P3: not either where a touch hangs too, beside which the stream asks for little at a time."""
-    with withholding(folder, content, [(0, 64 * PAGE), (500 * PAGE, PAGE)], poison=True, fault_timeout_s=TIMEOUT_S) as (
+    with withholding(folder, content, [(0, 64 * PAGE), (500 * PAGE, PAGE)], poison=True, fault_timeout_s=PATIENT_S) as (
         withheld,
         served,
     ):
@@ -437,7 +437,7 @@ def test_server_that_does_not_answer(folder: Path, data_file: Path, content: byt
     """P3: long before the link gives it up; it answers after all."""
     with (
         nbdkit(folder, "file", data_file) as server,
-        serving(f"data={server.uri()}", stream_mode=LAZY, poison=poison, fault_timeout_s=TIMEOUT_S) as served,
+        serving(f"data={server.uri()}", stream_mode=LAZY, poison=poison, fault_timeout_s=PATIENT_S) as served,
     ):
         helper = attached(served)
         helper.do("read(b, 0)")
@@ -489,21 +489,20 @@ def test_migration_that_holds_a_page_back(runtime_dir: Path, seed: int, poison: 
 # ---- who sets it ----
 
 
-def test_option_reaches_the_core_by_every_way(runtime_dir: Path, late: str) -> None:
+def test_option_reaches_the_core_by_every_way(runtime_dir: Path, data_file: Path) -> None:
     """The command, `pcshare run` by way of the launcher, and the launcher."""
+    never = f"data={data_file}#delay=60s"
     with (
-        coordinator(late, options=["--stream=lazy", "--fault-timeout=100ms"]) as served,
+        coordinator(never, options=["--stream=lazy", "--fault-timeout=100ms"]) as served,
         HelperProcess(served.socket) as helper,
     ):
         helper.do("b = attach()")
-        pending = helper.start("read(b, 0)")
+        helper.start("read(b, 0)")
         wait_until(lambda: "within 0.1 s" in served.block("data").reason, "the pause")
-        pending.result()
     with (
-        pcshare.Coordinator(blocks=late, stream="lazy", fault_timeout_s=0.1) as launched,
+        pcshare.Coordinator(blocks=never, stream="lazy", fault_timeout_s=0.1) as launched,
         HelperProcess(str(launched.socket)) as helper,
     ):
         helper.do("b = attach()")
-        pending = helper.start("read(b, 0)")
+        helper.start("read(b, 0)")
         wait_until(lambda: "within 0.1 s" in launched.status().blocks[0].reason, "the pause")
-        pending.result()

@@ -839,7 +839,7 @@ def test_fork_of_a_fork(make: Make) -> None:
     coordinator, helper = make()
     helper.attach(0, "ro")
     helper.attach(1, "cow")
-    assert helper.do("fork x fork a read 0 5,b read 1 6,c read 0 7;y join") == "0"
+    assert helper.do("fork s settle;x fork a read 0 5,b read 1 6,c read 0 7;y join") == "0"
     assert [helper.result(tag) for tag in "abc"] == ["ok"] * 3
     assert helper.result("y") == "exit 0"
     assert helper.do("join") == "exit 0"

@@ -44,7 +44,7 @@ from support_serving import LAZY, PAGE, WAIT_S, Serving, serving
 MIB = 1 << 20
 MIDDLE = 100_000  # bytes into what is sent: somewhere in a record
 SHORT_S = 0.3  # of a time limit that a test reaches
-ANSWERED_S = 2.0  # of one that is reached, too, but not before the coordinator has answered
+ANSWERED_S = 5.0  # of one that is reached, too, but not before the coordinator has answered
 
 Scene = AnyScene[Serving]
 
@@ -97,7 +97,7 @@ def test_who_attaches_waits_and_is_told_for_what(scene: Scene) -> None:
 
     source = play(scene.source(), script)
     scene.assert_whole(source)
-    assert scene.served.status().reason == ""
+    wait_until(lambda: scene.served.status().reason == "", "an end of the reason")
 
 
 def test_helper_that_came_first_gets_what_comes(scene: Scene) -> None:
@@ -185,7 +185,7 @@ def test_precopy_alone(runtime_dir: Path, seed: int, tmp_path: Path, given: dict
         play(source, script)
         scene.assert_whole(source)
         assert kept.read_bytes() == DEVICE_STATE
-        assert not scene.path.exists()
+        wait_until(lambda: not scene.path.exists(), "an end of listening")
         shut = source.return_path.messages(Shut)
         assert [answer.status for answer in shut] == ([0] if source.with_return_path else [])
         wait_until(lambda: heard[-1].change is Change.INBOUND_END, "INBOUND_END")
@@ -762,8 +762,11 @@ def test_device_state_file_is_whole_or_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["connected", "announced", "precopy", "postcopy", "paused", "recovering"])
-def test_coordinator_ends_at_any_moment(runtime_dir: Path, seed: int, moment: str) -> None:
+def test_coordinator_ends_at_any_moment(
+    runtime_dir: Path, seed: int, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """G3, P7: it does not wait for a source that is silent, and the source sees it go."""
+    monkeypatch.setattr(reception, "LAST_WORDS_TIMEOUT_S", WAIT_S)
     with scene_of(runtime_dir, seed) as scene, contextlib.ExitStack() as closing:
         source = scene.source(preempt=Preempt.V7_2, **scene.lazily)
         closing.callback(source.close)
@@ -808,7 +811,7 @@ def test_source_that_breaks_before_it_hears_of_the_end(scene: Scene) -> None:
 
     play(source, script)
     scene.assert_whole(source)
-    assert scene.served.status().reason == ""
+    wait_until(lambda: scene.served.status().reason == "", "an end of the reason")
 
 
 def test_blocks_that_came_are_exported(runtime_dir: Path, seed: int) -> None:

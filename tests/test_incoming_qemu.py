@@ -49,7 +49,7 @@ import hashlib, random, threading
 stop = threading.Event()
 def touch(seed, n_max):
     rng, seen = random.Random(seed), {{}}
-    while not stop.is_set() and n_max > 0:
+    while n_max > 0 and not (seen and stop.is_set()):
         page = rng.randrange(len(b) // {PAGE})
         digest = hashlib.blake2b(read(b, page * {PAGE}, {PAGE}), digest_size={DIGEST_BYTES}).digest()
         seen.setdefault(page, set()).add(digest)
@@ -57,6 +57,7 @@ def touch(seed, n_max):
     return seen
 """
 ENDLESS = 1 << 62
+PASSES = 64 * MIB  # bytes a second: one pass over the guest's memory a second, in which it always writes
 TRICKLE = 32 << 10  # less than a page in each 0.1 s for which the source counts: it sends one, the first that is wanted
 
 with_and_without_preempt = pytest.mark.parametrize(
@@ -86,6 +87,9 @@ class Receiver:
     def received_pages(self) -> int:
         """Of the guest's RAM; 0 where it has not been announced yet."""
         return sum(block.received_pages for block in self.served.status().blocks if block.idstr == RAM)
+
+    def demand_pages(self) -> int:
+        return sum(block.demand_pages for block in self.served.status().blocks if block.idstr == RAM)
 
     def wait_for_state(self, state: str) -> None:
         wait_until(lambda: self.served.status().state == state, f"state {state}: {self.served.status()}", WAIT_S)
@@ -181,7 +185,7 @@ def test_precopy_alone_hands_over_a_machine(receiver: Receiver, tmp_path: Path, 
     helper, attached = receiver.attaching()
     with Qemu(Guest(), tmp_path) as source:
         source.set_capabilities(*capabilities)
-        source.set_parameters(downtime_limit=1, max_bandwidth=400 * MIB)
+        source.set_parameters(downtime_limit=1, max_bandwidth=PASSES)
         source.migrate(receiver.uri)
         source.wait_for_passes(3)
         assert not attached.is_done()
@@ -217,10 +221,12 @@ def test_postcopy_at_once(receiver: Receiver, tmp_path: Path, capabilities: tupl
     touchers = Touchers(receiver, N_TOUCHERS, seed)
     with Qemu(Guest(), tmp_path) as source:
         source.set_capabilities(*capabilities)
-        source.set_parameters(max_postcopy_bandwidth=32 * MIB)
+        source.set_parameters(max_postcopy_bandwidth=4 * MIB)
         source.migrate(receiver.uri)
         source.start_postcopy()
         touchers.start()
+        wait_until(lambda: receiver.demand_pages() > 0, "a page that was asked for", WAIT_S)
+        source.set_parameters(max_postcopy_bandwidth=32 * MIB)
         said = assert_all_came(receiver, source, touchers, source.memory())
         assert said["ram"]["postcopy-requests"] > 0
 
@@ -233,7 +239,7 @@ def test_postcopy_after_precopy_passes(
     touchers = Touchers(receiver, N_TOUCHERS, seed)
     with Qemu(Guest(), tmp_path) as source:
         source.set_capabilities(*capabilities)
-        source.set_parameters(downtime_limit=1, max_bandwidth=400 * MIB, max_postcopy_bandwidth=32 * MIB)
+        source.set_parameters(downtime_limit=1, max_bandwidth=PASSES, max_postcopy_bandwidth=32 * MIB)
         source.migrate(receiver.uri)
         source.wait_for_passes(3)
         touchers.assert_waiting_for_listen()
@@ -286,7 +292,7 @@ def test_huge_pages_after_precopy_passes(
 def test_every_block_comes_with_its_name(receiver: Receiver, tmp_path: Path) -> None:
     """The firmware too is what the source has."""
     helper = receiver.helper()
-    attached = helper.start(f"b = attach({RAM!r}); rom = attach({BIOS!r})")
+    attached = helper.start(f"b = attach({RAM!r}, timeout_s={WAIT_S}); rom = attach({BIOS!r}, timeout_s={WAIT_S})")
     with Qemu(Guest(ram_mib=32, with_display=True), tmp_path) as source:
         source.set_capabilities(POSTCOPY)
         source.migrate(receiver.uri)

@@ -164,7 +164,7 @@ def test_only_what_is_missing_is_asked_for_again(folder: Path, data_file: Path, 
 def test_server_is_killed_again_and_again_while_the_stream_runs(
     folder: Path, tmp_path: Path, rng: random.Random
 ) -> None:
-    data, limit = make_file(tmp_path, rng, 24 << 20), folder / "limit"
+    data, limit = make_file(tmp_path, rng, 48 << 20), folder / "limit"
     limits = ["connection-rate=20M", f"connection-rate-file={limit}"]  # bits a second, after a burst of two seconds
     arguments = ["--filter=rate", "file", data, *limits]
     with nbdkit(folder, *arguments) as server, serving(f"data={server.uri()}", stream_mode=EAGER) as served:
@@ -248,11 +248,18 @@ def test_a_server_of_another_size_is_refused_until_the_right_one_is_back(
         check_all(served, helper, content)
 
 
+def _wait_until_it_knows_that_nobody_listens(served: Serving) -> None:
+    """The first try may have met the one that was dying."""
+    wait_for_reason(served, "is away")
+    served.order(AdminOp.RESUME)
+    wait_for_reason(served, "Connection refused|No such file")
+
+
 def test_resume_tries_at_once(slow_retries: None, folder: Path, data_file: Path, content: bytes) -> None:
     with nbdkit(folder, "file", data_file) as server, serving(f"data={server.uri()}", stream_mode=LAZY) as served:
         helper = attached(served)
         server.kill()
-        wait_for_reason(served, "Connection refused|No such file")
+        _wait_until_it_knows_that_nobody_listens(served)
         server.start()
         pending = helper.start("read(b, 0)")
         served.wait_for_waiting(1)
@@ -265,7 +272,7 @@ def test_resume_tries_at_once(slow_retries: None, folder: Path, data_file: Path,
 def test_resume_does_not_hide_that_a_server_is_away(slow_retries: None, folder: Path, data_file: Path) -> None:
     with nbdkit(folder, "file", data_file) as server, serving(f"data={server.uri()}", stream_mode=LAZY) as served:
         server.kill()
-        wait_for_reason(served, "Connection refused|No such file")
+        _wait_until_it_knows_that_nobody_listens(served)
         served.order(AdminOp.RESUME)
         assert served.block().state == "PAUSED"
         assert "is away" in served.block().reason
@@ -296,16 +303,17 @@ def test_coordinator_ends_at_once_while_its_server_is_away(folder: Path, data_fi
 # -- a process as a server
 
 
-def nbdkit_pid() -> int:
+def kill_nbdkit() -> None:
     """That of the command which the coordinator in this process has started; it may be replaced at any moment."""
-    found: list[int] = []
 
-    def look() -> bool:
-        found[:] = [p.pid for p in psutil.Process().children(recursive=True) if p.name() == "nbdkit"]
-        return bool(found)
+    def kill() -> bool:
+        for pid in sorted(_running("nbdkit"))[:1]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                return True
+        return False
 
-    wait_until(look, "a running nbdkit", WAIT_S)
-    return min(found)
+    wait_until(kill, "a running nbdkit", WAIT_S)
 
 
 def test_a_command_that_dies_is_run_again(runtime_dir: Path, data_file: Path, content: bytes) -> None:
@@ -314,7 +322,7 @@ def test_a_command_that_dies_is_run_again(runtime_dir: Path, data_file: Path, co
         helper = attached(served)
         for page in range(0, 100, 10):
             if page % 30 == 0:
-                os.kill(nbdkit_pid(), signal.SIGKILL)
+                kill_nbdkit()
             assert helper.do(f"read(b, {page * PAGE})") == content[page * PAGE :][:1]
         check_all(served, helper, content)
 
@@ -324,7 +332,7 @@ def test_the_reason_tells_how_a_command_ended(slow_retries: None, folder: Path, 
     one_connection = "--filter=multi-conn multi-conn-mode=disable"
     script = f"test -e {once} && exit 7; touch {once}; exec nbdkit -s file {data_file} {one_connection}"
     with serving(f'data=exec:sh -c "{script}"', stream_mode=LAZY) as served:
-        os.kill(nbdkit_pid(), signal.SIGKILL)
+        kill_nbdkit()
         wait_for_reason(served, r"exit code 7; trying again")
 
 
@@ -336,7 +344,7 @@ def test_a_block_looks_paused_before_its_process_has_ended(
     script = f"nbdkit -s --filter=multi-conn file {data_file} multi-conn-mode=disable; exec sleep 1000 <&- >&-"
     with serving(f'data=exec:sh -c "{script}"', stream_mode=LAZY) as served:
         started_s = time.monotonic()
-        os.kill(nbdkit_pid(), signal.SIGKILL)
+        kill_nbdkit()
         wait_for_reason(served, "is away: the server hung up; trying again")
         assert time.monotonic() - started_s < child.LINGER_S
 
@@ -577,7 +585,7 @@ def test_a_process_that_does_not_begin_to_answer_is_given_up_in_time(runtime_dir
     with serving(source, stream_mode=LAZY, poison=True, source_timeout_s=0.5) as served:
         helper = attached(served)
         started_s = time.monotonic()
-        os.kill(nbdkit_pid(), signal.SIGKILL)
+        kill_nbdkit()
         helper.start(f"read(b, {5 * PAGE})")
         assert -helper.wait_for_end() == signal.SIGBUS
         assert time.monotonic() - started_s < link.HANDSHAKE_TIMEOUT_S

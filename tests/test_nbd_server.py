@@ -262,7 +262,7 @@ def test_what_breaks_the_handshake_is_hung_up_on(here: Served, sent: bytes) -> N
 
 
 def test_handshake_has_a_time_limit_also_for_one_that_trickles(here: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(greeting, "GREETING_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(greeting, "GREETING_TIMEOUT_S", 2.0)
     silent, trickling = here.client(), here.client()
     option = OPTION.pack(OPTION_MAGIC, Option.LIST, OPTION_LENGTH_MAX)
     trickling.send(CLIENT_FLAGS.pack(3) + option)
@@ -558,7 +558,7 @@ def test_client_that_hangs_up_on_reads_that_wait_leaves_nothing(
 
 
 def test_client_that_does_not_read_is_hung_up_on_and_others_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "SEND_TIMEOUT_S", 1)
+    monkeypatch.setattr(stream, "SEND_TIMEOUT_S", 3)
     with served(BytesExport("data", CONTENT, quick=False)) as here:
         deaf, other = here.client(), here.client()
         deaf.go()

@@ -210,8 +210,7 @@ def test_threads_that_scan_beside_one_that_touches_anywhere_read_the_right_bytes
         touched = toucher.start(touching(repr(pages)))
         assert b"".join(one.result() for one in parts) == content
         assert touched.result() == b"".join(page_of(content, page) for page in pages)
-        block = served.block()
-        assert (block.received_pages, block.foreign_pages) == (n_pages, 0)
+        served.wait_for_counts(received_pages=n_pages, foreign_pages=0)
         assert served.status().faults <= n_pages // 8 + 2 * len(pages)
 
 
@@ -363,7 +362,10 @@ def test_error_at_a_page_that_nobody_touched_is_nobodys_error(
         helper = attached(served)
         assert helper.do(touching(f"range({BAD})")) == content[: BAD * PAGE]
         assert helper.do(touching(f"range({BAD + 1}, {BAD + 20})")) == content[(BAD + 1) * PAGE : (BAD + 20) * PAGE]
-        assert any(covers_bad(page * PAGE, n * PAGE) for page, n in server.reads())
+        wait_until(
+            lambda: any(covers_bad(page * PAGE, n * PAGE) for page, n in server.reads()),
+            "the page ahead to be asked for",
+        )
         assert (served.block().state, served.block().lost_pages) == ("RUNNING", 0)
         pending = helper.start(f"read(b, {BAD * PAGE})")
         if poison:

@@ -78,6 +78,7 @@ def test_all_who_wait_are_served_after_resume(runtime_dir: Path, source: str, br
         served.wait_for_waiting(60)
         broken.unlink()
         served.order(AdminOp.RESUME)
+        served.resume_until(lambda: all(pending.is_done() for _, _, pending in touches), "their pages")
         for _, number, pending in touches:
             assert pending.result() == content[7 * number * PAGE : 7 * number * PAGE + 1]
         wait_until(lambda: served.block().demand_pages == 20, "the pages to be counted once each")
@@ -111,6 +112,7 @@ def test_stream_and_ranges_go_on_after_resume(runtime_dir: Path, source: str, br
         waited = helper.start("b.wait()")
         broken.unlink()
         served.order(AdminOp.RESUME)
+        served.resume_until(lambda: ensured.is_done() and waited.is_done(), "all that they wait for")
         ensured.result()
         waited.result()
         served.wait_for_state("END")
@@ -211,12 +213,12 @@ def test_page_that_was_ensured_has_no_mark_although_who_placed_it_has_not_come_t
     """P3, T10: the received bit comes first, and the thread that sets it may sleep before it lifts the marks."""
     broken = tmp_path / "broken"
     broken.touch()
-    source = f"data={data_file}#error=EIO@{broken}&delay=2s"
+    source = f"data={data_file}#error=EIO@{broken}&delay=5s"
     with serving(source, stream_mode=LAZY, poison=True) as served:
         helper = attached(served)
         assert not helper.can_be_read(5)
         broken.unlink()
-        served.order(AdminOp.RESUME)  # the page comes in two seconds
+        served.order(AdminOp.RESUME)  # the page comes in five seconds
         placed, ram = ffi.new("uint64_t *"), served.ram()
         assert lib.ramblock_place(ram.pointer, 5, 1, content[5 * PAGE : 6 * PAGE], placed) == lib.RAMBLOCK_PLACED
         helper.do("b.ensure(slice(0, 0))")

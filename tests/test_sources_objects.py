@@ -217,7 +217,7 @@ def test_read_is_tried_again(rng: random.Random) -> None:
 @pytest.mark.parametrize("status", [503, 429])
 def test_outage_ends_the_connection_and_not_the_read(status: int) -> None:
     served = WebObject(b"a" * 8192)
-    with WebServer(served) as server, Provider(f"http://{server.place}/x", "2") as provider:
+    with WebServer(served) as server, Provider(f"http://{server.place}/x", "5") as provider:
         assert provider.read(0, 4096) == b"a" * 4096
         served.fail = lambda request: status
         with pytest.raises(SourceError, match="hung up") as caught:

@@ -273,11 +273,13 @@ class _Bench:
             scene = Scene(self.lab, folder, self._guest, self.capabilities, _line(folder, self.is_tcp))
             with self.start(scene) as destination, Qemu(self._guest, scene.folder) as source:
                 source.set_capabilities(*self.capabilities, "events")
-                source.set_parameters(max_bandwidth=UNLIMITED, max_postcopy_bandwidth=limit_bytes_s)
+                source.set_parameters(
+                    downtime_limit=1, max_bandwidth=UNLIMITED, max_postcopy_bandwidth=limit_bytes_s
+                )  # precopy does not end before post-copy is asked for
                 yield source, destination, scene.line.uri
 
     def limited(self, seed: int) -> Figures:
-        with self._ends(LIMIT_BYTES_S) as (source, destination, uri):
+        with self._ends(max(LIMIT_BYTES_S // self.lab.shrink, MIB)) as (source, destination, uri):
             source.migrate(uri)
             source.start_postcopy()
             destination.wait_for_listen()

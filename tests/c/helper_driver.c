@@ -24,7 +24,7 @@
 #include <unistd.h>
 #include "helper.h"
 
-enum { SLOTS = 16, LINE_BYTES = 1024, RESULT_BYTES = 1024 };
+enum { SLOTS = 16, LINE_BYTES = 1024, RESULT_BYTES = 1024, PEEK_MS = 20000 };
 
 static char socket_path[256];
 static struct pcshare_attachment *slots[SLOTS];
@@ -198,7 +198,7 @@ static void *reserve_place(uint32_t mode, uint64_t *lengthp)
     struct pcshare_info info;
     char *place;
 
-    if (pcshare_peek(&info, socket_path, "data", mode, 2000) < 0)
+    if (pcshare_peek(&info, socket_path, "data", mode, PEEK_MS) < 0)
         return NULL;
     *lengthp = info.map_length;
     place = mmap(NULL, info.map_length + info.page_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -230,7 +230,7 @@ static void run_attach(const char *arguments, char *result)
 static void run_peek(char *result)
 {
     struct pcshare_info info = {0};
-    int rc = pcshare_peek(&info, socket_path, NULL, 0, 2000);
+    int rc = pcshare_peek(&info, socket_path, NULL, 0, PEEK_MS);
 
     snprintf(result, RESULT_BYTES, "%d %s %" PRIu64 " %" PRIu64 " %u", rc, rc < 0 ? pcshare_error_text() : info.idstr,
              info.used_length, info.map_length, info.mode);
@@ -361,7 +361,10 @@ static int run_simple(const char *command, const char *arguments, char *result)
         rc = count_entries("/proc/self/task") + 1;
     else if (strcmp(command, "sentinels") == 0)
         rc = count_sentinels();
-    else if (strcmp(command, "pause") == 0)
+    else if (strcmp(command, "settle") == 0) {
+        while ((rc = count_sentinels()) == 0)
+            usleep(1000);
+    } else if (strcmp(command, "pause") == 0)
         rc = poll(NULL, 0, (int)x);
     else if (strcmp(command, "end-child") == 0)
         rc = kill(child, SIGKILL) | (waitpid(child, NULL, 0) < 0);

@@ -26,7 +26,8 @@
 enum {
     PAGE = 4096,
     THREADS = 2,
-    AHEAD_PAGES = 1024, /* around where the stream is: what it has under way */
+    AHEAD_PAGES = 1024,  /* around where the stream is: what it has under way */
+    MISSING_LEAST = 200, /* before it says that it is there; the stream may be over before it runs again */
     LIMIT_S = 60,
 };
 enum { KEPT = 0, LEFT_ALONE = 1, WRITTEN = 2, READ = 3 };
@@ -131,11 +132,13 @@ int main(int argc, char **argv)
     data = pcshare_data(a);
     fate = calloc(page_count, 1);
     const uint8_t *source = mmap(NULL, info.map_length, PROT_READ, MAP_PRIVATE, fd, 0);
-    puts("attached");
-    fflush(stdout);
     for (uintptr_t i = 0; i < THREADS; i++)
         if (pthread_create(&threads[i], NULL, remove_pages, (void *)(strtoull(argv[3], NULL, 10) + i)))
             return 2;
+    while (__atomic_load_n(&missing, __ATOMIC_RELAXED) <= MISSING_LEAST)
+        usleep(100);
+    puts("attached");
+    fflush(stdout);
     for (int i = 0; i < THREADS; i++)
         pthread_join(threads[i], NULL);
     look_at_all(source);
