@@ -1,4 +1,4 @@
-"""signals: who hears them: the main thread, also where it waits, and as an end that clears up behind itself.
+"""signals: who hears them, the main thread, also while it waits; and how a process that hears one ends in order.
 
 Python looks for signals between two steps of the main thread. One that comes after that look and before a system call
 interrupts nothing, and is heard when the call ends. So what waits here has something that ends the wait then.

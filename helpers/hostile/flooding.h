@@ -94,8 +94,7 @@ static int is_told(const struct raw *r)
     return poll(&control, 1, 0) > 0;
 }
 
-/* Touches page after page and leaves each by a timer's signal before it comes, until it is told; the number of pages.
- */
+/* Touches page after page and leaves each by a timer's signal before it comes, until it is told; how many. */
 static uint64_t touch_and_leave(const struct raw *r, uint64_t n)
 {
     const struct itimerspec period = {{0, FLOOD_PERIOD_US * 1000L}, {0, FLOOD_PERIOD_US * 1000L}}, never = {{0}, {0}};
