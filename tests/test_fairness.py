@@ -28,6 +28,7 @@ CROWDS_SHARE = 2  # of a crowd at a near server, NBD_DEMANDS_OF_CROWD_NEAR
 FLOOD = 64
 SLACK_PAGES = 4
 TOUCHES = 8
+ATTEMPTS, CROWDS_PAGES = 3, 4 * N_PAGES  # to meet a crowd before it is through
 THREADS_OF_A_HELPER = 1000
 RATE_OF_RANGES = 2 << 20  # bytes a second
 
@@ -49,12 +50,12 @@ def attached(served: Serving) -> HelperProcess:
     return helper
 
 
-def flood(helper: HelperProcess, n_threads: int) -> None:
+def flood(helper: HelperProcess, n_threads: int, n_pages: int = N_PAGES // 2) -> None:
     """Threads that fault as fast as they are answered, each its own pages."""
     helper.do(
         "import threading\n"
         f"def touch(first):\n"
-        f"    for page in range(first, {N_PAGES // 2}, {n_threads}): read(b, page * {PAGE})\n"
+        f"    for page in range(first, {n_pages}, {n_threads}): read(b, page * {PAGE})\n"
         f"for i in range({n_threads}): threading.Thread(target=touch, args=(i,), daemon=True).start()"
     )
 
@@ -85,7 +86,7 @@ def test_crowd_has_two_pages_at_a_near_server(runtime_dir: Path, rng: random.Ran
     cpus = len(os.sched_getaffinity(0))
     needs(None if cpus < CROWD_CPUS_MAX else f"fewer than {CROWD_CPUS_MAX} CPUs")
     n_threads = 4 * cpus
-    content = rng.randbytes(N_PAGES * PAGE)
+    content = rng.randbytes((CROWDS_PAGES + N_PAGES // 2) * PAGE)
     held = Withheld(content, [])
     with (
         tempfile.TemporaryDirectory(prefix="pcs-", dir="/tmp") as folder,
@@ -94,13 +95,13 @@ def test_crowd_has_two_pages_at_a_near_server(runtime_dir: Path, rng: random.Ran
         path, _ = server.listen(Path(folder) / "s.sock")
         with serving(f"data=nbd+unix:///?socket={path}#timeout=600s", stream_mode=LAZY, read_ahead=0) as served:
             crowd, steady = attached(served), attached(served)
-            flood(crowd, n_threads)
-            steady.start(
-                f"import time\nfor page in range({N_PAGES // 2}, {N_PAGES}): read(b, page * {PAGE}); time.sleep(0.001)"
-            )
-            owed = []
-            for n_faulted in range(N_PAGES // 8, N_PAGES // 2, N_PAGES // 16):  # one that stood still is no crowd
-                wait_until(lambda: served.block().demand_pages > n_faulted, "both to have faulted")  # noqa: B023
+            flood(crowd, n_threads, CROWDS_PAGES)
+            pages = range(CROWDS_PAGES, CROWDS_PAGES + N_PAGES // 2)
+            steady.start(f"import time\nfor page in {pages}: read(b, page * {PAGE}); time.sleep(0.001)")
+            owed: list[int] = []
+            while CROWDS_SHARE + 1 not in owed and len(owed) < ATTEMPTS:  # who has just stood still is no crowd
+                before = served.block().demand_pages
+                wait_until(lambda: served.block().demand_pages > before + N_PAGES // 16, "both to fault")  # noqa: B023
                 held.withholds_all = True
                 served.wait_for_waiting(n_threads, crowd.pid)
                 served.wait_for_waiting(1, steady.pid)
@@ -113,7 +114,7 @@ def test_crowd_has_two_pages_at_a_near_server(runtime_dir: Path, rng: random.Ran
 
             def is_complete() -> bool:
                 held.answer_late()  # also what came into its hands just before it gave nothing back any more
-                return served.block().received_pages == N_PAGES
+                return served.block().received_pages == pages.stop
 
             wait_until(is_complete, "all pages")
             for helper in (crowd, steady):
