@@ -229,6 +229,10 @@ class FaultThreads:
     def remove_remote(self, remote_id: int) -> None:
         check(lib.fault_threads_remove_remote(self.pointer, remote_id), "removing a remote fd")
 
+    def forget_requests(self, remote_id: int) -> None:
+        """Those that it sent to another coordinator, which has not read them."""
+        check(lib.fault_threads_forget_requests(self.pointer, remote_id), "reading what a remote fd's helper asked for")
+
     def wake_remote(self, remote_id: int) -> None:
         """Everybody who waits there faults again."""
         check(lib.fault_threads_wake_remote(self.pointer, remote_id), "waking a remote fd")

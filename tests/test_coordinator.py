@@ -557,6 +557,18 @@ def test_uffd_that_is_registered_already_is_refused(served: Serving) -> None:
         first.memory.close()
 
 
+def test_uffd_of_a_helper_that_was_cut_off_is_refused_as_that(served: Serving) -> None:
+    """P4: who tries again reads why it is in vain."""
+    with made_hand_over(served, "ack") as first, made_hand_over(served, "welcome") as second:
+        first.connection.send(b"nonsense" * 8)
+        wait_until(lambda: [helper.state for helper in served.status().helpers] == ["disabled"], "it to be cut off")
+        message = protocol.pack_attach([Map(first.addr, 0, first.described.map_length)])
+        second.connection.send(message, [first.uffd.fileno()])
+        answer = answer_of(second.connection)
+        assert (answer.error, "was cut off" in answer.text) == (errno.EEXIST, True)
+        first.memory.close()
+
+
 def test_block_that_ends_during_a_hand_over_is_acknowledged_as_complete(served: Serving, data_file: Path) -> None:
     """P3: no uffd is kept, and none is needed."""
     other = served.helper()

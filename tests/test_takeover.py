@@ -303,7 +303,31 @@ def test_more_ranges_than_are_under_way_at_once(runtime_dir: Path, data_file: Pa
             served.restart()
         pending.result()
         assert all(helper.do(f"read(b, {page * PAGE}, {PAGE})") == page_at(content, page) for page in range(0, 300, 2))
-        assert served.block().received_pages == 150
+        wait_until(lambda: served.block().received_pages == 150, "the last ones to be counted")
+        helper.do("pool.shutdown()")
+
+
+def test_ranges_that_nobody_has_read_are_not_held_against_who_asked(
+    runtime_dir: Path, data_file: Path, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P4, P5: several coordinators die one after the other, each when it has said that it serves and before it has read
+    anything. The helper asks each of them for all again."""
+    death = tmp_path / "death"
+    monkeypatch.setenv(trace.DIE_VARIABLE, str(death))
+    with restarting(f"data={data_file}#delay=300ms", options=LAZY) as served:
+        helper = served.attached()
+        helper.do("from concurrent.futures import ThreadPoolExecutor; pool = ThreadPoolExecutor(150)")
+        pending = helper.start(
+            f"list(pool.map(lambda page: b.ensure(slice(page * {PAGE}, page * {PAGE} + 1)), range(0, 300, 2)))"
+        )
+        wait_until(lambda: served.block().received_pages > 0, "the first to come", WAIT_S)
+        for _ in range(5):
+            trace.write_death(death, "helpers_told", 1)
+            served.kill_child()
+            wait_until(lambda: not death.exists(), "its death", WAIT_S)
+        pending.result()
+        assert [one.state for one in served.status().helpers] == ["attached"]
+        assert all(helper.do(f"read(b, {page * PAGE}, {PAGE})") == page_at(content, page) for page in range(0, 300, 2))
         helper.do("pool.shutdown()")
 
 

@@ -249,6 +249,7 @@ class Helpers:
             self._fault_threads.disable_remote(helper.remote_id, errno.ECONNABORTED)
             return
         if helper.state is SlotState.ATTACHED:
+            self._fault_threads.forget_requests(helper.remote_id)
             self.tell(helper, protocol.pack_ack(helper.slot))
         self._fault_threads.wake_remote(helper.remote_id)
 
@@ -259,6 +260,11 @@ class Helpers:
             close_aside(uffd)
             raise RemoteProtocolError(f"ATTACH: {error.message}", errno=error.errno, hint=error.hint) from None
         known = self._by_identity.get(identity)
+        if known is not None and known.state is SlotState.DISABLED:
+            raise RemoteProtocolError(
+                "ATTACH: the helper with this userfaultfd was cut off; the coordinator's log says why",
+                errno=errno.EEXIST,
+            )
         if known is not None and known.state is not SlotState.ORPHANED:
             raise RemoteProtocolError("ATTACH: this userfaultfd is registered already", errno=errno.EEXIST)
         if known is not None:  # it lost its socket, and has come back

@@ -107,6 +107,24 @@ static void note_leave(struct remote_fd *remote)
         __atomic_store_n(&remote->status->state, STATUS_HELPER_LEFT, __ATOMIC_RELEASE);
 }
 
+int fault_threads_forget_requests(struct fault_threads *ft, uint32_t id)
+{
+    struct remote_fd *remote = remote_by_id(ft, id);
+    union control_message message;
+    ssize_t length;
+
+    if (!remote)
+        return -ENOENT;
+    for (;;) { /* a LEAVE, an end and what is no message are for the fault threads */
+        length = recv(remote->control, &message, sizeof(message), MSG_PEEK | MSG_TRUNC | MSG_DONTWAIT);
+        if (length <= 0 || !is_wellformed(&message, (int)length) || message.header.type != WIRE_REQUEST)
+            break;
+        (void)fd_message_receive(remote->control, &message, sizeof(message), NULL, NULL, MSG_DONTWAIT);
+    }
+    remote_fd_put(remote);
+    return 0;
+}
+
 void handle_control(struct fault_threads *ft, struct remote_fd *remote)
 {
     union control_message message;

@@ -20,7 +20,8 @@
 enum {
     FAULT_THREADS_MAX = 64,
     FAULT_REQUESTS_IN_FLIGHT_MAX = 128, /* REQUESTs of one helper that are not answered yet; as many hints. A helper
-                                         * keeps to half of it: across a takeover it asks for all of them again */
+                                         * keeps to half of it: until it is told of a takeover it asks as before, and
+                                         * then for all of them again */
     FAULT_DEMANDS_IN_FLIGHT_MAX = 4096, /* pages that one helper's faults wait for: memory that it makes the
                                          * coordinator use. As many again may be late */
 };
@@ -91,6 +92,9 @@ int fault_threads_place(struct fault_threads *ft, uint32_t block_index, uint64_t
 /* *idp names it in events. remote is consumed, also on failure. */
 int fault_threads_add_remote(struct fault_threads *ft, struct remote_fd *remote, uint32_t *idp);
 int fault_threads_remove_remote(struct fault_threads *ft, uint32_t id);
+/* REQUESTs that it sent to another coordinator, which has not read them: who is told of this one asks for everything
+ * again, and of how many coordinators there were nobody shall have asked too much. */
+int fault_threads_forget_requests(struct fault_threads *ft, uint32_t id);
 /* Everybody who waits there faults again: what another coordinator had read of its faults never comes by itself. */
 int fault_threads_wake_remote(struct fault_threads *ft, uint32_t id);
 /* Cuts it off: no longer polled, its waits forgotten; its uffd stays open until it is removed. */
