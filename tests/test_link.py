@@ -503,7 +503,7 @@ def silent_after(n_connections: int, data: bytes) -> Script:
 def test_a_server_that_stops_answering_is_left_after_the_timeout(folder: Path, content: bytes) -> None:
     with ScriptedServer(silent_after(1, content)) as server:
         path, _ = server.listen(folder / "s.sock")
-        with serving(f"data=nbd+unix:///?socket={path}#timeout=300ms", stream_mode=LAZY) as served:
+        with serving(f"data=nbd+unix:///?socket={path}#timeout=2s", stream_mode=LAZY) as served:
             helper = attached(served)
             assert helper.do(f"read(b, {5 * PAGE})") == content[5 * PAGE :][:1]
             check_all(served, helper, content)
@@ -511,9 +511,9 @@ def test_a_server_that_stops_answering_is_left_after_the_timeout(folder: Path, c
 
 def test_a_server_that_accepts_and_never_answers_is_away(folder: Path, content: bytes) -> None:
     """P3: it does not look as if it served."""
-    with ScriptedServer(silent_after(6, content)) as server:
+    with ScriptedServer(silent_after(4, content)) as server:
         path, _ = server.listen(folder / "s.sock")
-        with serving(f"data=nbd+unix:///?socket={path}#timeout=300ms", stream_mode=LAZY) as served:
+        with serving(f"data=nbd+unix:///?socket={path}#timeout=1s", stream_mode=LAZY) as served:
             helper = attached(served)
             pending = helper.start("read(b, 0)")
             wait_for_reason(served, "is away: the NBD server did not answer in time")
@@ -525,7 +525,7 @@ def test_a_server_that_never_answers_is_sigbus_in_time_where_that_is_the_policy(
     """P3: every fault ends."""
     with ScriptedServer(silent_after(1000, content)) as server:
         path, _ = server.listen(folder / "s.sock")
-        source = f"data=nbd+unix:///?socket={path}#timeout=200ms"
+        source = f"data=nbd+unix:///?socket={path}#timeout=1s"
         with serving(source, stream_mode=LAZY, poison=True, source_timeout_s=0.5) as served:
             helper = attached(served)
             helper.start("read(b, 0)")

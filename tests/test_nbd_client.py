@@ -68,7 +68,7 @@ from support_nbd import (
 
 KIB, MIB = 1 << 10, 1 << 20
 PATIENCE_S = 20.0  # for what should come at once
-SHORT_S = 0.2  # for what never comes
+SHORT_S = 0.6  # for what never comes
 SLACK_S = 5.0  # how late a machine with other work may be
 SMALL = 64 * KIB  # the scripted export
 DATA = random.Random(3).randbytes(SMALL)
