@@ -205,7 +205,7 @@ class Serving:
                 self.order(AdminOp.RESUME)
             return condition()
 
-        wait_until(is_met, what)
+        wait_until(is_met, what, WAIT_S)
 
     def ram(self, idstr: str = "data") -> RAMBlock:
         return self.server.blocks.find(idstr).ram

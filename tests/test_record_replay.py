@@ -32,7 +32,7 @@ from pcshare.working_set import Run, Runs, SetBlock, WorkingSet
 from support import has_ended, wait_until
 from support_coordinator import die_with_parent
 from support_rig import PushSource, Rig
-from support_serving import EAGER, HUGE_PAGE, LAZY, PAGE, PAUSED, RATE, WAIT_S, Serving, make_file, page_of, serving
+from support_serving import EAGER, HUGE_PAGE, LAZY, PAGE, PAUSED, RATE, WAIT_S, make_file, page_of, serving
 from support_takeover import restarting
 
 N_PAGES = 4000
@@ -251,13 +251,6 @@ def test_demand_does_not_wait_for_the_replay(
         assert not replay_has_ended(caplog)
 
 
-def resume_if_paused(served: Serving) -> bool:
-    """False, always: what is waited for is something else."""
-    if served.block().state == "PAUSED":
-        served.order(AdminOp.RESUME)
-    return False
-
-
 def test_source_that_fails_meanwhile_is_asked_for_the_rest_when_it_is_resumed(
     runtime_dir: Path, data_file: Path, ws: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -272,7 +265,7 @@ def test_source_that_fails_meanwhile_is_asked_for_the_rest_when_it_is_resumed(
         broken.unlink()
         served.order(AdminOp.RESUME)
         # Of several that failed one may be told only now, which pauses the block again.
-        wait_until(lambda: resume_if_paused(served) or replay_has_ended(caplog), "the end of the replay", WAIT_S)
+        served.resume_until(lambda: replay_has_ended(caplog), "the end of the replay")
         served.wait_for_counts(received_pages=len(pages))
 
 

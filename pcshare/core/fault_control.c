@@ -92,9 +92,8 @@ static int handle_message(struct fault_threads *ft, struct remote_fd *remote, co
     return !__atomic_load_n(&remote->disabled, __ATOMIC_ACQUIRE);
 }
 
-/* Before it is taken out of the socket: a LEAVE is said once, and a coordinator that dies when it has read it, and has
- * noted it nowhere, has read it for nobody. The next one would wait for the helper's end. */
-static void note_leave(struct remote_fd *remote)
+/* Whether the next message is one of this type. It stays in the socket. */
+static int next_is(const struct remote_fd *remote, uint16_t type)
 {
     union control_message message;
     ssize_t length;
@@ -103,7 +102,14 @@ static void note_leave(struct remote_fd *remote)
     do
         length = recv(remote->control, &message, sizeof(message), MSG_PEEK | MSG_TRUNC | MSG_DONTWAIT);
     while (length < 0 && errno == ECONNRESET && --tries);
-    if (length > 0 && remote->status && is_wellformed(&message, (int)length) && message.header.type == WIRE_LEAVE)
+    return length > 0 && is_wellformed(&message, (int)length) && message.header.type == type;
+}
+
+/* Before it is taken out of the socket: a LEAVE is said once, and a coordinator that dies when it has read it, and has
+ * noted it nowhere, has read it for nobody. The next one would wait for the helper's end. */
+static void note_leave(struct remote_fd *remote)
+{
+    if (remote->status && next_is(remote, WIRE_LEAVE))
         __atomic_store_n(&remote->status->state, STATUS_HELPER_LEFT, __ATOMIC_RELEASE);
 }
 
@@ -111,16 +117,11 @@ int fault_threads_forget_requests(struct fault_threads *ft, uint32_t id)
 {
     struct remote_fd *remote = remote_by_id(ft, id);
     union control_message message;
-    ssize_t length;
 
     if (!remote)
         return -ENOENT;
-    for (;;) { /* a LEAVE, an end and what is no message are for the fault threads */
-        length = recv(remote->control, &message, sizeof(message), MSG_PEEK | MSG_TRUNC | MSG_DONTWAIT);
-        if (length <= 0 || !is_wellformed(&message, (int)length) || message.header.type != WIRE_REQUEST)
-            break;
+    while (next_is(remote, WIRE_REQUEST)) /* a LEAVE, an end and what is no message are for the fault threads */
         (void)fd_message_receive(remote->control, &message, sizeof(message), NULL, NULL, MSG_DONTWAIT);
-    }
     remote_fd_put(remote);
     return 0;
 }
